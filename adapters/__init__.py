@@ -1,0 +1,14 @@
+"""The adapter methods. Importing this package registers all of them with PEFT."""
+
+if __name__ != "petune.adapters":
+    raise ImportError(
+        f"this folder is the package petune.adapters, but it was imported as {__name__!r}; "
+        "write `import petune.adapters`, and run Python from outside of the repository's top folder or install it."
+    )
+
+from petune.adapters import lora
+from petune.registry import load_entry_points
+
+__all__ = ["lora"]
+
+load_entry_points()

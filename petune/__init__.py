@@ -1,0 +1,58 @@
+"""PETune: parameter-efficient fine-tuning methods that plug into PEFT, Lightning and Hugging Face models.
+
+Importing the package is all that is needed: its methods are registered the moment PEFT is there, whichever of the two
+is imported first. Nothing heavy is imported before that, so the command line answers at once.
+"""
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from petune.adapters.lora import FusedLoraConfig, fuse
+    from petune.export import export_lora, export_merged, load_adapter, save_adapter
+    from petune.registry import methods, register_method
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FusedLoraConfig",
+    "export_lora",
+    "export_merged",
+    "fuse",
+    "load_adapter",
+    "methods",
+    "register_method",
+    "save_adapter",
+]
+
+_HOME = {
+    "FusedLoraConfig": "petune.adapters.lora",
+    "fuse": "petune.adapters.lora",
+    "export_lora": "petune.export",
+    "export_merged": "petune.export",
+    "load_adapter": "petune.export",
+    "save_adapter": "petune.export",
+    "methods": "petune.registry",
+    "register_method": "petune.registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'petune' has no attribute {name!r}")
+    importlib.import_module("petune.adapters")  # `methods()` must be complete however it is reached
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+def _register_methods(peft: ModuleType) -> None:
+    importlib.import_module("petune.adapters")
+
+
+wrapt.register_post_import_hook(_register_methods, "peft")
