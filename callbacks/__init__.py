@@ -1,1 +1,14 @@
-"""placeholder"""
+"""Lightning callbacks: adapter-only checkpoints, the exported adapter folder, the memory report."""
+
+if __name__ != "petune.callbacks":
+    raise ImportError(
+        f"This folder was imported as {__name__!r}, but its code is the package petune.callbacks; install the "
+        "repository (pip install -e .) and use `from petune.callbacks import ...`."
+    )
+
+from petune.callbacks.adapter_checkpoint import AdapterCheckpoint
+from petune.callbacks.export_adapter import ExportAdapter
+from petune.callbacks.memory_report import MemoryReport
+from petune.callbacks.progress import ProgressBar
+
+__all__ = ["AdapterCheckpoint", "ExportAdapter", "MemoryReport", "ProgressBar"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.quantization_utils import resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -34,10 +34,10 @@ class PetuneLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.cast_input_dtype_enabled = True  # `peft.helpers.disable_input_dtype_casting` looks for it
-        weightless = self.get_base_layer()
-        self.quantization_backend = resolve_quantization_backend(weightless)
-        self.transposed = isinstance(weightless, Conv1D)  # GPT-2 keeps its weights as [in_features, out_features]
-        self.in_features, self.out_features = linear_shape(weightless)
+        innermost = self.get_base_layer()
+        self.quantization_backend: QuantizationBackend | None = None  # set by the tuner, which knows the model
+        self.transposed = isinstance(innermost, Conv1D)  # GPT-2 keeps its weights as [in_features, out_features]
+        self.in_features, self.out_features = linear_shape(innermost)
 
     # ------------------------------------------------------------------------------------------- what a method gives
 
@@ -125,6 +125,7 @@ class PetuneLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: safe_merge found NaN or infinity.
             NotImplementedError: the method's update is no weight.
+            TypeError: the base weight is quantised in a way that PEFT cannot write.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self._get_available_adapters():
@@ -145,6 +146,11 @@ class PetuneLayer(nn.Module, BaseTunerLayer):
 
     def _shifted_weight(self, name: str, sign: int) -> Tensor:
         weight = self.get_base_weight()
+        if not weight.is_floating_point():
+            raise TypeError(
+                f"adapter {name!r} cannot be merged into a {type(self.get_base_layer()).__name__} of {weight.dtype}, "
+                "which PEFT has no quantization backend for; load the base without quantisation, or keep the adapter."
+            )
         delta = self.get_delta_weight(name).to(weight.device)
         if self.transposed:
             delta = delta.T

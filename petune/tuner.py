@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -31,6 +32,7 @@ _NOT_OF_THE_UPDATE = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "inference_mode"),
     *("base_model_name_or_path", "revision", "peft_version", "task_type"),
 }
+_SHAPE = ("model_type", "hidden_size", "num_hidden_layers")
 HEAD_NAMES = frozenset({"classifier", "score", "qa_outputs", "lm_head"})  # what PEFT trains whole for a task_type
 
 
@@ -85,11 +87,7 @@ class PetuneTuner(BaseTuner):
         modules = [(name, module) for name, module in model.named_modules() if not _inside_tuner_layer(model, name)]
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             skip = HEAD_NAMES | set(config.modules_to_save or ())
-            names = [
-                name
-                for name, module in modules
-                if isinstance(_base(module), self.supported_modules) and not skip & set(name.split("."))
-            ]
+            names = [name for name, module in modules if self._supports(module) and not skip & set(name.split("."))]
             config.target_modules = set(self._in_layers(config, names))  # pyright: ignore[reportAttributeAccessIssue]
         found = [(name, module) for name, module in modules if name and _matches(config, name)]
         if not found:
@@ -108,17 +106,29 @@ class PetuneTuner(BaseTuner):
     def _check_target(self, name: str, module: nn.Module) -> None:
         base = _base(module)
         supported = " and ".join(cls.__name__ for cls in self.supported_modules)
-        if not isinstance(base, self.supported_modules):
+        if not self._supports(base):
             raise ValueError(
                 f"target {name!r} is a {type(base).__name__}; {type(self).__name__} supports {supported}: "
                 "narrow target_modules to those."
             )
-        weight = getattr(base, "weight", None)
-        if self.needs_float_base and weight is not None and not weight.is_floating_point():
+        if self.needs_float_base and self._quantization_backend(base) is not None:
             raise ValueError(
                 f"target {name!r} is a quantised {type(base).__name__}; {type(self).__name__} computes with the float "
                 "weight: load the base without quantisation, or use FusedLoraConfig."
             )
+
+    def _supports(self, module: nn.Module) -> bool:
+        if isinstance(_base(module), self.supported_modules):
+            return True
+        backend = self._quantization_backend(module)  # GPTQ's and others' linear layers are no nn.Linear
+        return backend is not None and backend.layer_type == "linear" and nn.Linear in self.supported_modules
+
+    def _quantization_backend(self, module: nn.Module) -> QuantizationBackend | None:
+        """PEFT's access to a quantised weight; None for a float one."""
+        quantizer = getattr(self.model, "hf_quantizer", None)
+        config = getattr(quantizer, "quantization_config", None)
+        requantise = getattr(config, "get_apply_tensor_subclass", None)  # torchao's way to quantise a merged weight
+        return resolve_quantization_backend(_base(module), get_apply_tensor_subclass=requantise)
 
     def _in_layers(self, config: PetuneConfig, names: list[str]) -> list[str]:
         """The names inside the blocks of `layers_to_transform`; PEFT applies that field to name endings only."""
@@ -149,6 +159,7 @@ class PetuneTuner(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         layer = self.tuner_layer_cls(target)  # `target` may be another method's layer: it is wrapped as it stands
+        layer.quantization_backend = self._quantization_backend(target)
         layer.update_layer(adapter_name, peft_config)
         layer.train(target.training)
         self._replace_module(parent, target_name, layer, target)
@@ -268,8 +279,7 @@ class PetuneTuner(BaseTuner):
 def base_shape(model: nn.Module) -> dict[str, int | str]:
     """Model type and sizes by which an adapter knows its base: {} for a model without a Hugging Face config."""
     config = getattr(model, "config", None)
-    names = ("model_type", "hidden_size", "num_hidden_layers")
-    return {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    return {name: getattr(config, name) for name in _SHAPE if getattr(config, name, None) is not None}
 
 
 def _matches(config: PetuneConfig, name: str) -> bool:
@@ -278,7 +288,7 @@ def _matches(config: PetuneConfig, name: str) -> bool:
 
 
 def _say(shape: dict[str, int | str]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in shape.items())
+    return ", ".join(f"{name}={shape[name]}" for name in _SHAPE if name in shape)  # JSON files sort their keys
 
 
 def _also(config: PetuneConfig, name: str) -> str:

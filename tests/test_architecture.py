@@ -22,6 +22,9 @@ def sources() -> Iterator[tuple[str, Path]]:
             yield module.removesuffix(".__init__"), file
 
 
+SOURCES = dict(sources())
+
+
 def imports(file: Path, *, at_import_time: bool = False) -> set[str]:
     """Modules that a file imports; with at_import_time, only those outside of functions and TYPE_CHECKING."""
     found: set[str] = set()
@@ -30,8 +33,11 @@ def imports(file: Path, *, at_import_time: bool = False) -> set[str]:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = names & SOURCES.keys()
+            found.update(
+                modules or {node.module or "", *names}
+            )  # `from package import module` needs that module alone
         if at_import_time:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 return
@@ -42,9 +48,6 @@ def imports(file: Path, *, at_import_time: bool = False) -> set[str]:
 
     visit(ast.parse(file.read_text()))
     return found
-
-
-SOURCES = dict(sources())
 
 
 def offenders(prefix: str, *forbidden: str, at_import_time: bool = False) -> list[str]:

@@ -1,0 +1,9 @@
+"""LoRA by one fused operator per layer; saves and loads as PEFT's own LoRA."""
+
+from petune.adapters.lora.config import FusedLoraConfig
+from petune.adapters.lora.layer import FusedLinear, FuseReport, fuse
+from petune.registry import register_method
+
+register_method("lora", config_cls=FusedLoraConfig)
+
+__all__ = ["FuseReport", "FusedLinear", "FusedLoraConfig", "fuse"]

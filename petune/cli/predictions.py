@@ -1,0 +1,75 @@
+"""Predictions as JSON lines: one object a row of the input, in its order, with what the row said and what the model says."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from petune.atomic import replacing_file
+from petune.tasks.text_data import TextData
+
+
+class WritePredictions(Callback):
+    """Collect the batches of a prediction, put them back into the order of the rows and write them at the end.
+
+    Args:
+        path: file to write; a file that stands there is replaced once all rows are done.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows: dict[int, dict[str, Any]] = {}
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        names = getattr(pl_module, "labels", None)
+        for position, row in enumerate(batch["row"].tolist()):
+            self._rows[row] = {name: _one(name, values[position], names) for name, values in outputs.items()}
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        rows = _gather(self._rows)
+        if trainer.is_global_zero:
+            given = _given_rows(getattr(trainer, "datamodule", None))
+            with replacing_file(self.path) as incoming, incoming.open("w", encoding="utf-8") as file:
+                for number in sorted(rows):
+                    row = {**(given[number] if given is not None else {"row": number}), **rows[number]}
+                    file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            print(f"{len(rows)} predictions: {self.path}")
+
+
+def _one(name: str, value: Any, labels: list[str] | None) -> Any:
+    """The answer for one row: a text, or numbers, which probabilities have one of for each label."""
+    if not isinstance(value, Tensor):
+        return value
+    numbers = value.tolist()
+    if name == "probabilities" and labels is not None:
+        return {label: round(number, 6) for label, number in zip(labels, numbers, strict=True)}
+    return numbers
+
+
+def _given_rows(data: Any) -> datasets.Dataset | None:
+    """The rows as they were given; None for a stream, which is over."""
+    source = data.source("predict") if isinstance(data, TextData) else None
+    return source.rows if source is not None and isinstance(source.rows, datasets.Dataset) else None
+
+
+def _gather(own: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The rows of all processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return dict(own)
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, dict(own))
+    return {number: row for part in parts for number, row in part.items()}

@@ -1,0 +1,72 @@
+"""What is trained: every installed method with the settings of its recipe, and full fine-tuning."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+from typing import Any, Literal
+
+import yaml
+from peft import PeftConfig
+
+import petune
+from petune.registry import Method
+
+FULL = "full fine-tuning"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row to be trained."""
+
+    name: str
+    train: Literal["adapter", "all"]
+    learning_rate: float
+    adapter: PeftConfig | None = None
+    """None where the whole model trains."""
+
+
+def trials(
+    methods: Sequence[str] | None, *, compare: bool, adapter_learning_rate: float, full_learning_rate: float
+) -> list[Trial]:
+    """The methods asked for, in the order asked for, then full fine-tuning.
+
+    Args:
+        methods: short names; None for all that are installed.
+        compare: add full fine-tuning.
+        adapter_learning_rate: for a method whose recipe names none.
+        full_learning_rate: of full fine-tuning.
+
+    Raises:
+        ValueError: a method is not installed, or there is nothing to train.
+    """
+    installed = petune.methods()
+    if methods is not None and not methods:
+        raise ValueError(f"methods is empty; name some of {', '.join(installed)} or leave it out for all of them.")
+    chosen = [_find(name, installed) for name in (installed if methods is None else methods)]
+    found = [_trial(method, adapter_learning_rate) for method in dict.fromkeys(chosen)]
+    return [*found, Trial(FULL, "all", full_learning_rate)] if compare else found
+
+
+def _find(name: str, installed: dict[str, Method]) -> Method:
+    if name in installed:
+        return installed[name]
+    near = get_close_matches(name, installed, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"the method {name!r} is not installed; {hint}use one of {', '.join(installed)}.")
+
+
+def _trial(method: Method, learning_rate: float) -> Trial:
+    recipe = _recipe(method)
+    arguments: dict[str, Any] = recipe.get("adapter", {}).get("init_args", {})
+    return Trial(method.name, "adapter", recipe.get("learning_rate", learning_rate), method.config_cls(**arguments))
+
+
+def _recipe(method: Method) -> dict[str, Any]:
+    """`model.init_args` of the recipe.yaml beside the method's config; empty if it ships none."""
+    package = importlib.import_module(method.config_cls.__module__).__package__ or ""
+    file = files(package) / "recipe.yaml"
+    if not file.is_file():
+        return {}
+    return yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["init_args"]

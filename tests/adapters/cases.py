@@ -1,0 +1,110 @@
+"""One row per adapter method: what the contract tests need to know about it, and nothing else."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import PeftConfig
+
+import petune
+from tests.adapters.dense_delta import DenseDeltaConfig
+from tests.adapters.relu_delta import ReluDeltaConfig
+from tests.families import FAMILIES
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method and what it claims to support; the contract tests hold it to the claims, and to refuse the rest."""
+
+    name: str
+    """Name of the folder below adapters/; test ids read it."""
+    config_cls: type[PeftConfig]
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Fields that every config of the row carries."""
+    random_start: Mapping[str, Any] = field(default_factory=lambda: {"init_weights": False})
+    """Fields that start the adapter from random weights instead of the identity."""
+    dropout: str | None = None
+    """Name of the dropout field."""
+    default_targets: bool = True
+    """Whether target_modules=None finds the targets of every family from the model's structure."""
+    merges: bool = True
+    mixed_batch: bool = True
+    several_active: bool = True
+    weighted: bool = True
+    converts_to_lora: bool = True
+    native: bool = True
+    """Whether transformers' own `model.add_adapter` takes it (not if the tuner holds shared state)."""
+    quantised: bool = True
+    """Whether it rides on a quantised base; a method that computes with the float weight refuses one."""
+    strict_load: bool = True
+    """Whether a checkpoint with missing tensors, or of another base, is refused; PEFT's own methods load it."""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    families: tuple[str, ...] = tuple(FAMILIES)
+    """What it works on."""
+    suite_models: tuple[str, ...] = ("MLP", "EmbConv1D")
+    """Toy models of PEFT's own test-suite that it runs on."""
+
+    def config(self, **fields: Any) -> PeftConfig:
+        return self.config_cls(**{**self.options, **fields})
+
+    def random_config(self, **fields: Any) -> PeftConfig:
+        """A config whose adapter visibly changes the output without any training."""
+        return self.config(**{**self.random_start, **fields})
+
+
+RANDOM_LORA = {"init_lora_weights": False}
+
+CASES = (
+    Case("lora", petune.FusedLoraConfig, {"r": 4}, RANDOM_LORA, dropout="lora_dropout", strict_load=False),
+    Case("densedelta", DenseDeltaConfig, dropout="delta_dropout"),
+    Case(
+        "reludelta",
+        ReluDeltaConfig,
+        {"target_modules": r".*\.(query|k_proj|q|q_proj)"},
+        merges=False,
+        mixed_batch=False,
+        weighted=False,
+        converts_to_lora=False,
+        quantised=False,
+        default_targets=False,
+        families=("bert", "t5"),
+        suite_models=("MLP",),
+    ),
+    # the control: what PEFT's own method fails here is no demand of the contract
+    Case(
+        "peft_lora",
+        peft.LoraConfig,
+        {"r": 4},
+        RANDOM_LORA,
+        dropout="lora_dropout",
+        default_targets=False,
+        strict_load=False,
+        families=("bert", "gpt2", "llama", "t5", "vit"),
+    ),
+)
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def cases(**claims: bool) -> pytest.MarkDecorator:
+    """Parametrise over the methods whose row has all these claims; `cases(merges=False)` gives those without."""
+    rows = [case for case in CASES if _claims(case, claims)]
+    return pytest.mark.parametrize("case", rows, ids=lambda case: case.name)
+
+
+def cases_and_families(*families: str, **claims: bool) -> pytest.MarkDecorator:
+    """Parametrise over methods × families, where a row works on them."""
+    rows = [
+        pytest.param(case, family, id=f"{case.name}-{family}")
+        for case in CASES
+        for family in families
+        if _claims(case, claims) and family in case.families
+    ]
+    return pytest.mark.parametrize(("case", "family"), rows)
+
+
+def _claims(case: Case, claims: Mapping[str, bool]) -> bool:
+    return all(getattr(case, claim) == value for claim, value in claims.items())
