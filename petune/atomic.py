@@ -62,7 +62,7 @@ def replacing_file(path: Path) -> Generator[Path]:
     except BaseException:
         incoming.unlink(missing_ok=True)
         raise
-    _flush(path.parent)
+    _flush_entry(path)
 
 
 def copy_over(source: Path, target: Path) -> None:
@@ -84,7 +84,7 @@ def _swap(incoming: Path, directory: Path, outgoing: Path) -> None:
     elif not _exchange(incoming, directory):
         directory.rename(outgoing)
         incoming.rename(directory)
-    _flush(directory.parent)
+    _flush_entry(directory)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -111,6 +111,11 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _flush_entry(path: Path) -> None:
+    with suppress(OSError):  # the new content stands; some network file systems cannot flush a folder
+        _flush(path.parent)
 
 
 def _remove(path: Path) -> None:

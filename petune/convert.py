@@ -7,6 +7,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora.conversion import convert_to_lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.peft_types import PeftType
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -34,9 +35,21 @@ def nearest_lora(model: PeftModel, rank: int | float) -> tuple[PeftModel, float]
     saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     heads = {key: tensor for key, tensor in saved.items() if f".{prefix}" not in key}
     factors = {key: tensor for key, tensor in state.items() if ".lora_" in key}
-    base: Any = copy.deepcopy(model).unload()
+    base: Any = unwrap_heads(copy.deepcopy(model)).unload()
     lora = _wrap(base, config, {**factors, **heads})
     return lora, _relative_error(model, lora, name)
+
+
+def unwrap_heads(model: PeftModel) -> PeftModel:
+    """Put the trained `modules_to_save` into the place of their wrappers, in `model` itself.
+
+    PEFT's own unloading stops at a head without a `weight`, such as RoBERTa's (peft 0.21.2, every method but LoRA).
+    """
+    for path, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, module.modules_to_save[active_adapter(model)])
+    return model
 
 
 def _wrap(base: PreTrainedModel, config: PeftConfig, state: dict[str, Tensor]) -> PeftModel:

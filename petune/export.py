@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from petune.atomic import copy_over, replacing_folder
 from petune.card import CardInfo, render_card
-from petune.convert import nearest_lora
+from petune.convert import nearest_lora, unwrap_heads
 from petune.load import file_digest, load_adapter
 from petune.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE, Run, describe_run, load_run
 from petune.state import active_adapter, peft_config, plain_name, unwrap
@@ -137,7 +137,7 @@ def export_merged(source: nn.Module | str | Path, directory: str | Path, *, toke
     if not isinstance(model.base_model, BaseTuner):
         kind = peft_config(model).peft_type
         raise TypeError(f"{kind} adds tokens, not weights, so it cannot be merged; save the adapter instead.")
-    return save_model(model.merge_and_unload(safe_merge=True), directory, tokenizer=tokenizer)
+    return save_model(unwrap_heads(model).merge_and_unload(safe_merge=True), directory, tokenizer=tokenizer)
 
 
 def save_model(model: nn.Module, directory: str | Path, *, tokenizer: Any = None) -> ExportReport:

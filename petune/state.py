@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")  # torch.compile and FSDP put these into the names below them
+_WRAPPED = ("base_layer", "original_module", "token_adapter")  # PEFT's names for what it puts between a base's
 
 
 def plain_name(name: str) -> str:
@@ -20,7 +21,7 @@ def plain_name(name: str) -> str:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module behind `torch.compile(module)`; anything else unchanged."""
-    return getattr(model, "_orig_mod", model)
+    return model._modules.get("_orig_mod") or model  # not getattr: a PeftModel asks its base
 
 
 def adapter_keys(module: nn.Module) -> set[str]:
@@ -37,7 +38,7 @@ def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]
     for name, parameter in module.named_parameters():
         if name in adapters:
             continue
-        path = [part for part in plain_name(name).split(".") if part not in ("base_layer", "original_module")]
+        path = [part for part in plain_name(name).split(".") if part not in _WRAPPED]
         yield ".".join(path), modules[name.rpartition(".")[0]], parameter
 
 
@@ -47,12 +48,10 @@ def active_adapter(model: PeftModel) -> str:
     Raises:
         ValueError: several are active, so that it is not clear which one is meant.
     """
-    name = model.active_adapter
-    if isinstance(name, str):
-        return name
-    if len(name) != 1:
-        raise ValueError(f"{len(name)} adapters are active ({', '.join(name)}); choose one with model.set_adapter.")
-    return name[0]
+    names = list(model.active_adapters)
+    if len(names) != 1:
+        raise ValueError(f"{len(names)} adapters are active ({', '.join(names)}); choose one with model.set_adapter.")
+    return names[0]
 
 
 def peft_config(model: PeftModel) -> PeftConfig:

@@ -139,9 +139,12 @@ class TextData(L.LightningDataModule):
     def _has_validation(self) -> bool:
         if self.source("validation") is not None:
             return True
-        if self.streaming and self.validation_split:
+        train = self.source("train")
+        if train is None or not self.validation_split:
+            return False
+        if not isinstance(train.rows, Dataset):
             rank_zero_warn("Nothing is validated: a stream cannot be split; give validation_file for it.")
-        return not self.streaming and self.validation_split > 0
+        return isinstance(train.rows, Dataset)
 
     def _checked(self, split: SplitName) -> Split:
         if split not in self._splits:
@@ -150,7 +153,7 @@ class TextData(L.LightningDataModule):
                 self._splits[split] = self._check(source, split)
             elif split == "validation" and self._has_validation():
                 self._checked("train")
-            if split == "train" and not self.streaming and self.source("validation") is None:
+            if split == "train" and self.source("validation") is None:
                 self._set_aside()
             if split not in self._splits:
                 ways = " or validation_split" if split == "validation" else ""
@@ -253,5 +256,6 @@ class TextData(L.LightningDataModule):
             read_ahead=read_ahead,
         )
         if shuffle and trainer is not None:  # Lightning reads a stream ahead before it names the epoch
-            loader.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
+            progress: Any = trainer.fit_loop.epoch_progress.current
+            loader.set_epoch(progress.processed)
         return loader

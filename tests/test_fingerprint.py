@@ -101,6 +101,9 @@ def test_a_model_on_the_meta_device_is_compared_by_sizes():
 def test_another_base_is_refused_with_both_named(other, difference):
     saved = {**base_fingerprint(bert()), "name": "org/first"}
     other.config._name_or_path = "org/second"
-    with pytest.raises(ValueError, match=rf"^here: .* made for org/first \(model_type bert, hidden_size 32, .*\), this "
-                                         rf"model has org/second .* \(different {difference}\); load the base"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^here: .* made for org/first \(model_type bert, hidden_size 32, .*\), this "
+        rf"model has org/second .* \(different {difference}\); load the base",
+    ):
         check_fingerprint(saved, other, where="here")

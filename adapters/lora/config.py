@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
-from peft import LoraConfig
+from peft import LoftQConfig, LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -36,6 +36,9 @@ class FusedLoraConfig(LoraConfig):
         default=True, metadata=dict(_INIT_METADATA)
     )
     """True starts as a no-op; False is random A and B; or gaussian, eva, olora, pissa, corda, loftq, …"""
+
+    loftq_config: dict[str, Any] | LoftQConfig = field(default_factory=lambda: dict[str, Any]())
+    """Options of init_lora_weights="loftq"."""
 
     def __post_init__(self) -> None:
         self._check_ranges()

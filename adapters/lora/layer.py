@@ -152,7 +152,8 @@ def _why_not(layer: nn.Module) -> str:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return "forward" in module.__dict__ or any(module.__dict__[hooks] for hooks in _HOOKS)
+    state = module.__dict__  # nn.Module.__getattr__ is slow, and this runs in every forward
+    return "forward" in state or any(state[hooks] for hooks in _HOOKS)
 
 
 def _class_name(module: nn.Module) -> str:

@@ -1,20 +1,18 @@
 """`petune estimate`: what a fit would cost, from the shapes of the model; no weight is loaded, nothing is computed."""
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import PreTrainedModel
 
 from petune.cli.arguments import CommandParser
 from petune.cli.describe import adapter_line
 from petune.cli.train import PetuneCLI
 from petune.tasks import AdapterTask
-from petune.tasks.models import load_config
 
 _PROBE = 64  # side of the matrix on which an optimizer shows how much state it keeps
 
@@ -75,20 +73,20 @@ def estimate_task(task: AdapterTask, *, batch_size: int, tokens: int) -> Estimat
         batch_size: rows of a step.
         tokens: length of a row.
     """
-    task = _on_meta(task)
-    model = task.build()
-    if task.trained != "head":  # a frozen body under a trained head stays in evaluation mode in no task of ours either
-        model.train()
-    parameters = dict(model.named_parameters())
-    trainable = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    with torch.device("meta"):
+        task.build(weights=False)
+    task.train()
+    model = task.model
+    parameters = list(task.parameters())  # the task's: its own head, if it has one, is no part of the model
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
     trained_bytes = sum(map(_bytes, trainable))
     return Estimate(
-        parameters=sum(parameter.numel() for parameter in parameters.values()),
+        parameters=sum(parameter.numel() for parameter in parameters),
         trainable=sum(parameter.numel() for parameter in trainable),
-        weight_bytes=sum(map(_bytes, parameters.values())) + sum(map(_bytes, model.buffers())),
+        weight_bytes=sum(map(_bytes, parameters)) + sum(map(_bytes, task.buffers())),
         adapter_bytes=trained_bytes,
         gradient_bytes=trained_bytes,
-        optimizer_bytes=round(sum(map(_bytes, trainable)) * _state_ratio(task)),
+        optimizer_bytes=round(trained_bytes * _state_ratio(task)),
         activation_bytes=_saved_for_backward(model, batch_size, tokens),
         batch_size=batch_size,
         tokens=tokens,
@@ -98,7 +96,8 @@ def estimate_task(task: AdapterTask, *, batch_size: int, tokens: int) -> Estimat
 def print_estimate(estimate: Estimate, adapter: str) -> None:
     """The estimate as a table."""
     share = 100 * estimate.trainable / max(estimate.parameters, 1)
-    table = Table(title=adapter, title_justify="left", title_style="", show_header=False)
+    print(adapter)
+    table = Table(show_header=False)
     table.add_column("what")
     table.add_column("size", justify="right")
     table.add_row("parameters", f"{estimate.parameters:,}")
@@ -124,24 +123,6 @@ def _instantiate_task(model: Any) -> AdapterTask:
     parser = CommandParser()
     parser.add_lightning_class_args(AdapterTask, "model", subclass_mode=True)
     return parser.instantiate(parser.parse_object({"model": model})).model
-
-
-def _on_meta(task: AdapterTask) -> AdapterTask:
-    """The same task over a base model of the same shapes without memory."""
-    # What belongs to the configuration goes there; what is left is for the model's constructor.
-    wanted = {name: value for name, value in task.load_kwargs().items() if name != "ignore_mismatched_sizes"}
-    config, arguments = cast(Any, load_config(task.model_name, return_unused_kwargs=True, **wanted))
-    dtype = getattr(torch, task.dtype_name) if task.dtype_name != "auto" else config.dtype or torch.float32
-    with torch.device("meta"):
-        base: PreTrainedModel = task.auto_class.from_config(config, dtype=dtype, **arguments)
-    return type(task)(
-        model=base,
-        adapter=task.adapter,
-        train=task.trained,
-        optimizer=task.optimizer_factory,
-        gradient_checkpointing=task.gradient_checkpointing,
-        autocast_adapter_dtype=task.autocast_adapter_dtype,
-    )
 
 
 def _state_ratio(task: AdapterTask) -> float:
@@ -170,7 +151,7 @@ def _saved_for_backward(model: nn.Module, batch_size: int, tokens: int) -> int |
     ids = torch.zeros(batch_size, tokens, dtype=torch.long, device="meta")
     try:
         with saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            output = model(input_ids=ids)  # a mask's values would be looked at
     except (NotImplementedError, RuntimeError):  # the forward looks at values, which meta tensors do not have
         return None
     size = sum(storage.nbytes() for storage in kept.values())

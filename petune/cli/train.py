@@ -193,7 +193,8 @@ class PetuneCLI(LightningCLI):
                 yield make()
 
     def _checkpoint(self) -> Callback:
-        return ModelCheckpoint(dirpath=self.run_folder / "checkpoints", save_last=True)
+        # No version counter: it would write last-v1.ckpt beside a stale last.ckpt when a run is started again.
+        return ModelCheckpoint(self.run_folder / "checkpoints", save_last=True, enable_version_counter=False)
 
     def _export(self) -> Callback:
         return ExportAdapter(self.run_folder, card=card_info(self.options))

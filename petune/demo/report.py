@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
@@ -138,14 +139,14 @@ class DemoResult:
         return json.dumps(values, indent=2, ensure_ascii=False)
 
     def table(self) -> Table:
-        """Every row with its scores, intervals, sizes and seconds."""
-        table = Table(title=self.title, title_justify="left")
+        """Every row with its scores, intervals, sizes and seconds; 80 columns wide at most."""
+        table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
         table.add_column("method", no_wrap=True)
         first, *others = self.rows[0].scores
-        table.add_column(f"{first} (95%)", justify="right")
+        table.add_column(f"{first}\n95%", justify="right", no_wrap=True)
         for metric in others:
-            table.add_column(metric, justify="right")
-        table.add_column(f"points over {self.reference} (95%)", justify="right")
+            table.add_column(metric, justify="right", no_wrap=True)
+        table.add_column("\n".join(["points over", *self.reference.split(), "95%"]), justify="right", no_wrap=True)
         for title in ("trains", "saved", "s"):
             table.add_column(title, justify="right", no_wrap=True)
         for row in self.rows:
@@ -211,10 +212,10 @@ def _verdict(comparison: Comparison, metric: str) -> str:
 
 
 def _cells(row: Row, others: list[str]) -> list[str]:
-    interval = f"{_share(row.interval.mean)} ({_share(row.interval.low, 2)}–{_share(row.interval.high, 2)})"
+    interval = f"{_share(row.interval.mean)}\n{_share(row.interval.low, 2)}–{_share(row.interval.high, 2)}"
     gain = "–"
     if row.gain is not None:
-        gain = f"{_points(row.gain.mean)} ({_points(row.gain.low)} to {_points(row.gain.high)})"
+        gain = f"{_points(row.gain.mean)}\n{_points(row.gain.low)}…{_points(row.gain.high)}"
     return [
         escape(row.name),
         interval,
@@ -237,14 +238,14 @@ def _examples(result: DemoResult) -> Group:
         lines.append(Text(f"\n{example.query}   [{example.outcome}]", style="bold"))
         for label, hit in (("before", example.before), ("after", example.after)):
             mark, style = ("✓", "green") if hit == example.answer else ("✗", "red")
-            lines.append(Text(f"  {label:6} {mark} {_clip(hit)}", style=style))
+            lines.append(_line(f"  {label:6} {mark} {hit}", style))
         if example.after != example.answer:
-            lines.append(Text(f"  answer   {_clip(example.answer)}"))
+            lines.append(_line(f"  answer   {example.answer}"))
     return Group(*lines, Text(""))
 
 
-def _clip(text: str, width: int = 100) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
+def _line(text: str, style: str = "") -> Text:
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
 def _share(value: float, digits: int = 3) -> str:

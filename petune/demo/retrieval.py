@@ -200,7 +200,7 @@ class _Run:
         reserved = self.adapters * (1.5 * self.encode_held_out_s + CHECK_S)
         self.share_s = max(1.0, (self.deadline - time.monotonic() - reserved) / self.adapters)
         step_s = STEP_COST * self.encode_train_s * self.settings.batch_size / self.settings.num_train
-        self.steps = max(1, min(self.planned, int(self.share_s / step_s)))
+        self.steps = max(2, min(self.planned, int(self.share_s / step_s)))  # the first step warms up from rate 0
 
     def train(self, trial: Trial, stages: Stages) -> _Outcome:
         """Fine-tune with Lightning, encode the held-out texts, save and check the adapter."""

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -129,8 +129,8 @@ def make_vit(seed: int) -> ViTForImageClassification:
         image_size=8,
         patch_size=2,
         num_channels=1,
-        num_labels=10,
     )
+    config.num_labels = 10
     return ViTForImageClassification(config)
 
 
@@ -281,7 +281,7 @@ class _Run:
 
 def _digits(num_train: int, seed: int) -> tuple[_Images, _Images]:
     """scikit-learn's 1797 digits, split by class in equal shares."""
-    digits = load_digits()
+    digits: Any = load_digits()
     pixels = (digits.images / 16.0).astype(np.float32)[:, None]
     split = train_test_split(pixels, digits.target, train_size=num_train, stratify=digits.target, random_state=seed)
     train, test, train_digits, test_digits = (torch.from_numpy(np.ascontiguousarray(part)) for part in split)

@@ -102,16 +102,10 @@ class ResumableLoader(DataLoader):
 
 
 def trainer(*callbacks: Callback, epochs: int = 3, **options: Any) -> L.Trainer:
-    return L.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks),
-        **options,
-    )
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    saves = any(isinstance(one, ModelCheckpoint) for one in callbacks)
+    fields = {"max_epochs": epochs, "callbacks": list(callbacks), "enable_checkpointing": saves, **quiet, **options}
+    return L.Trainer(**fields)
 
 
 def fit(

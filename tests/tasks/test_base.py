@@ -155,7 +155,8 @@ def test_dropout_is_on_in_training_although_from_pretrained_gives_eval_mode(tmp_
     watch = Modes()
     task = TextClassification(tiny.save_body(tmp_path / "base"), labels=LABELS)
     trainer = tiny.trainer(tmp_path, max_epochs=2, callbacks=[watch])
-    trainer.predict(task, tiny.labelled(4))  # leaves eval mode behind
+    trainer.predict(task, tiny.labelled(4))
+    task.eval()  # what a user leaves behind who looked at a few outputs in between
     trainer.fit(task, tiny.labelled(16), tiny.labelled(16))
     assert watch.seen == {True}
 

@@ -105,7 +105,7 @@ def test_ranks_and_cutoffs_count_from_one():
 def test_a_local_script_is_loaded(tmp_path):
     script = tmp_path / "always_one.py"
     script.write_text(
-        "import datasets, evaluate\n"
+        "import datasets\nimport evaluate\n"
         "class AlwaysOne(evaluate.Metric):\n"
         "    def _info(self):\n"
         "        features = datasets.Features({k: datasets.Value('int64') for k in ('predictions', 'references')})\n"

@@ -5,6 +5,7 @@ import logging
 import os
 from functools import cache
 from importlib.util import find_spec
+from inspect import signature
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -113,6 +114,10 @@ class _LoraLinear(torch.autograd.Function):
             gradients = _gradients(ctx, dy)
         origins = (dy, *ctx.saved_tensors)
         return tuple(None if g is None else _FirstOrderOnly.apply(g, *origins) for g in gradients)
+
+
+# Function.apply binds the arguments to forward's signature: reading a ready one saves 5 µs of a call's 33
+_LoraLinear.forward.__signature__ = signature(_LoraLinear.forward)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -28,9 +28,9 @@ HUB_WORDS = ("huggingface.co", "offline mode", "HF_HUB_OFFLINE", "couldn't conne
 if not CONTROL:
     peft.LoraConfig = petune.FusedLoraConfig
 
-results: Counter[str] = Counter()
+passed: list[str] = []
 failed: list[str] = []
-reasons: Counter[str] = Counter()
+skipped: Counter[str] = Counter()
 
 
 def test_cases(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
@@ -83,22 +83,29 @@ def _is_hub(error: BaseException | None) -> bool:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
-    error = call.excinfo.value if call.excinfo else None
-    if report.failed and _is_hub(error):
+    if report.failed and _is_hub(call.excinfo.value if call.excinfo else None):
         report.outcome, report.longrepr = "skipped", (str(item.path), 0, "Skipped: needs a model of the hub")
-    if report.skipped and not hasattr(report, "wasxfail"):
-        results["not applicable"] += 1
-        reasons[str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)] += 1
-    elif report.failed:
-        results["failed"] += 1
-        failed.append(item.nodeid)
-    elif report.when == "call":
-        results["passed"] += 1
     return report
 
 
-def pytest_sessionfinish() -> None:
-    target = os.environ.get("PETUNE_SUITE_RESULT")
-    if target:
-        summary = {"counts": results, "failed": failed, "not applicable": dict(reasons.most_common())}
-        Path(target).write_text(json.dumps(summary, indent=1))
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Count. Under xdist this runs in the controlling process for the reports of all workers."""
+    if hasattr(report, "wasxfail"):
+        skipped["PEFT expects it to fail"] += 1
+    elif report.skipped:
+        skipped[str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)] += 1
+    elif report.failed:
+        failed.append(report.nodeid.partition("tests/")[2] or report.nodeid)
+    elif report.when == "call":
+        passed.append(report.nodeid)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        failed.append(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        summary = {"passed": len(passed), "failed": sorted(set(failed)), "not applicable": dict(skipped.most_common())}
+        Path(os.environ["PETUNE_SUITE_RESULT"]).write_text(json.dumps(summary, indent=1))
