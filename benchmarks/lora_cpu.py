@@ -114,6 +114,7 @@ def update_errors(
     model = wrap(base, config_cls, 0.0, autocast_adapter_dtype=adapter_dtype == torch.float32)
     layer: Any = model.base_model.model[0]  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.manual_seed(seed)  # wrap has set its own
     # fp32 draws that bf16 cannot hold: adapters in bf16 round them, as they round every step of an optimizer
     exact = [torch.randn(RANK, in_features) / in_features**0.5, torch.randn(out_features, RANK) / 4]
     a.data, b.data = (t.to(adapter_dtype) for t in exact)

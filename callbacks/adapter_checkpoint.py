@@ -39,8 +39,8 @@ class AdapterCheckpoint(Callback):
     """
 
     def __init__(self) -> None:
-        self._random_states: list[dict[str, Any]] | None = None
         self._fit_started = False
+        self._random_states: list[dict[str, Any]] | None = None
         self._statistics: dict[str, Tensor] = {}
         self._restored: set[str] = set()
         self._fingerprint: dict[str, Any] | None = None
@@ -59,11 +59,10 @@ class AdapterCheckpoint(Callback):
         _advise(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._fit_started = True
         self._remove_load_hook()
         self._statistics = {name: tensor.clone() for name, tensor in _running_statistics(pl_module)}
-        # Not later: setting up the training loader draws the sampler's seed before `on_train_start`.
-        self._restore_random_state(trainer)
+        self._fit_started = True
+        self._go_on(trainer)  # not later: making the loader's iterator draws a seed, before `on_train_start`
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._remove_load_hook()
@@ -87,17 +86,21 @@ class AdapterCheckpoint(Callback):
         compare_fingerprints(ours["base"], self._fingerprint or _fingerprint(pl_module), where="checkpoint")
         self._random_states = ours["random_states"]
         if self._fit_started:  # sharded strategies load after on_fit_start
-            self._restore_random_state(trainer)
+            self._go_on(trainer)
 
     def _remove_load_hook(self) -> None:
         if self._load_hook is not None:
             self._load_hook.remove()
             self._load_hook = None
 
-    def _restore_random_state(self, trainer: L.Trainer) -> None:
+    def _go_on(self, trainer: L.Trainer) -> None:
+        """Have the loader and the random generators go on where the checkpoint was taken."""
         states, self._random_states = self._random_states, None
         if states is None:
             return
+        # A schedule that asked for `estimated_stepping_batches` has had the loader made, without the state in the
+        # checkpoint, which Lightning gives to new loaders only (2.6.6, FitLoop.setup_data): have it made again.
+        trainer.fit_loop._combined_loader = None
         if len(states) != trainer.world_size:
             warnings.warn(
                 f"The checkpoint was written by {len(states)} processes and this run has {trainer.world_size}: it "

@@ -50,7 +50,8 @@ class PetuneConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # pyright: ignore[reportAttributeAccessIssue]
         if self.target_modules is not None and not self.target_modules:
             self.refuse("target_modules", "names at least one module; leave it out for the method's default")
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+        expression = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
+        if expression and self.layers_to_transform is not None:
             self.refuse("layers_to_transform", "needs a list in target_modules; write the layers into the expression")
 
     def refuse(self, name: str, must: str) -> None:

@@ -1,5 +1,6 @@
 """petune.yaml: what an adapter folder says about the run that made it."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime, timezone
@@ -31,7 +32,7 @@ class Run:
     config: dict[str, Any]
     """The run's configuration, as the command line takes it."""
     base: dict[str, Any]
-    """name, class, config (labels) and fingerprint of the base model."""
+    """name, class, config (labels, pooling) and fingerprint of the base model."""
     adapter: dict[str, Any]
     """peft_type, task_type, name, parameters."""
     metrics: dict[str, float]
@@ -75,7 +76,7 @@ def describe_run(
         "base": {
             "name": _base_name(base, config),
             "class": type(base).__name__ if in_transformers else None,
-            "config": _head_config(base),
+            "config": _build_options(base),
             "fingerprint": base_fingerprint(model),
         },
         "adapter": {
@@ -96,13 +97,16 @@ def _base_name(base: nn.Module, config: PeftConfig) -> str | None:
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
 
 
-def _head_config(base: nn.Module) -> dict[str, Any]:
-    """What the base's `from_pretrained` needs to build the same head."""
+def _build_options(base: nn.Module) -> dict[str, Any]:
+    """What the base's `from_pretrained` needs to build the same modules: labels of the head, and whether it pools."""
+    options: dict[str, Any] = {}
+    if "add_pooling_layer" in inspect.signature(type(base).__init__).parameters:
+        options["add_pooling_layer"] = getattr(base, "pooler", None) is not None
     config = getattr(base, "config", None)
-    if "Classification" not in type(base).__name__ or config is None:
-        return {}
-    fields = ("id2label", "label2id", "problem_type")
-    return {field: _plain(getattr(config, field)) for field in fields if getattr(config, field, None)}
+    if "Classification" in type(base).__name__ and config is not None:
+        fields = ("id2label", "label2id", "problem_type")
+        options |= {field: _plain(getattr(config, field)) for field in fields if getattr(config, field, None)}
+    return options
 
 
 def _versions() -> Iterator[tuple[str, str]]:

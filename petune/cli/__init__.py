@@ -1,7 +1,7 @@
-"""The `petune` command. This front answers `--help`, `methods`, `recipes` and `env` itself and imports torch for the rest.
+"""The `petune` command; this front answers `--help`, `methods`, `recipes` and `env` itself.
 
-Training libraries take seconds to import, so everything that needs them stands in a module of its own which is imported
-when its command runs.
+The training libraries take seconds to import, so what needs them stands in modules that are imported when their
+command runs.
 """
 
 import argparse
@@ -116,10 +116,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=("retrieval", "vision"), default="retrieval")
-    parser.add_argument("--method", help="only this method (default: every installed one)")
+    parser.add_argument("--method", action="append", help="only this method, may be given again (default: all)")
     parser.add_argument("--compare", action="store_true", help="fine-tune the whole model too")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="limit of the training time of each method")
+    parser.add_argument("--budget", type=float, default=90.0, metavar="SECONDS", help="training is cut to fit (90)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", metavar="DIR", help="folder for the adapters (default: petune-demo)")
 
 
 def _methods(_: argparse.Namespace) -> int:

@@ -114,7 +114,7 @@ def explain(message: str, parser: LightningArgumentParser | None = None) -> str:
 def _explain_missing(names: str) -> str:
     missing = [name.strip() for name in names.split(",")]
     if any(name.endswith((".model", ".data")) for name in missing):
-        return "no task is given; name a recipe, for example: petune fit -c text_classification -c lora --data.train_file=FILE"
+        return "no task is given; name a recipe: petune fit -c text_classification -c lora --data.train_file=FILE"
     if missing == ["model"]:
         return "no base model is given; add --model.model=PATH (a local folder or a hub id)."
     return f"missing: {', '.join(missing)}."

@@ -2,11 +2,23 @@
 
 import argparse
 
+from petune.cli.quiet import quiet
 from petune.demo import run_demo
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the demo; it prints its own tables."""
-    given = {name: value for name, value in vars(options).items() if name not in ("command", "debug")}
-    run_demo(**{name: value for name, value in given.items() if value is not None})
+    """Run the demo, which prints its own report.
+
+    Args:
+        options: task, method, compare, budget, seed, output.
+    """
+    with quiet():
+        run_demo(
+            task=options.task,
+            compare=options.compare,
+            budget_s=options.budget,
+            seed=options.seed,
+            methods=options.method,
+            output=options.output,
+        )
     return 0

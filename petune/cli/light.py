@@ -89,7 +89,7 @@ def find_recipe(name: str) -> Recipe:
     by_name = {recipe.name: recipe for recipe in recipes()}
     if name not in by_name:
         raise UsageError(
-            f"no recipe and no file is called {name!r}.{closest(name, by_name)} `petune recipes` lists what is shipped."
+            f"no recipe and no file is called {name!r}.{closest(name, by_name)} `petune recipes` lists them."
         )
     return by_name[name]
 

