@@ -102,6 +102,8 @@ def _how_to_load(run: Mapping[str, Any]) -> str:
         )
     labels = base["config"].get("id2label")
     arguments = f", num_labels={len(labels)}" if labels else ""
+    if base["config"].get("add_pooling_layer") is False:
+        arguments += ", add_pooling_layer=False"
     lines = [
         *([] if plain else ["import petune  # registers the method: pip install petune"]),
         "from peft import PeftModel",

@@ -97,13 +97,13 @@ class TextEmbedding(AdapterTask):
         self._log_metrics("test")
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Embeddings, [batch, hidden_size], of whichever of `query` and `document` the batch has.
+        """`query_embedding`, `document_embedding`, [batch, hidden_size]; only one of them if the batch has one text.
 
         A batch of plain texts (`input_ids`, …) gives one entry, `embedding`.
         """
         if "input_ids" in batch:
             return {"embedding": self(batch).cpu()}
-        return {name: self(batch[name]).cpu() for name in ("query", "document") if name in batch}
+        return {f"{name}_embedding": self(batch[name]).cpu() for name in ("query", "document") if name in batch}
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], batch_size: int = 64, max_length: int | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from petune.tasks.describe import describe_adapter
 
 
 def adapter_line(task: AdapterTask) -> str:
-    """'adapter: FusedLoraConfig(r=16, target_modules=all-linear)': the resolved configuration without its defaults.
+    """'adapter: FusedLoraConfig(r=16, target_modules=all-linear)': the rank, and what is no default.
 
     Recipes and options are merged, and changing the class in one of them drops fields of the other, so what came out
     is shown.
@@ -18,7 +18,8 @@ def adapter_line(task: AdapterTask) -> str:
     if task.trained != "adapter":
         return f"adapter: none (train: {task.trained})"
     described = describe_adapter(task.adapter)
-    fields = ", ".join(f"{name}={value}" for name, value in described["init_args"].items())
+    shown = {**({"r": rank} if (rank := getattr(task.adapter, "r", None)) else {}), **described["init_args"]}
+    fields = ", ".join(f"{name}={value}" for name, value in shown.items())
     return f"adapter: {described['class_path'].rpartition('.')[2]}({fields})"
 
 

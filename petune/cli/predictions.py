@@ -45,7 +45,10 @@ class WritePredictions(Callback):
             given = _given_rows(getattr(trainer, "datamodule", None))
             with replacing_file(self.path) as incoming, incoming.open("w", encoding="utf-8") as file:
                 for number in sorted(rows):
-                    row = {**(given[number] if given is not None else {"row": number}), **rows[number]}
+                    row: dict[str, Any] = given[number] if given is not None else {"row": number}
+                    # a true label that was given stays beside the predicted one
+                    answers = {f"predicted_{name}" if name in row else name: v for name, v in rows[number].items()}
+                    row = {**row, **answers}
                     file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
             print(f"{len(rows)} predictions: {self.path}")
 

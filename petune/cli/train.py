@@ -90,7 +90,7 @@ class PetuneCLI(LightningCLI):
         sources = ("model.init_args.model", "model.init_args.tokenizer")
         parser.link_arguments(sources, "data.init_args.tokenizer", compute_fn=_tokenizer)
         if self.saved is None:  # a saved run knows its labels, and its training rows may be gone
-            parser.link_arguments("data.labels", "model.init_args.labels", apply_on="instantiate")
+            parser.link_arguments("data", "model.init_args.labels", compute_fn=_labels, apply_on="instantiate")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -236,6 +236,10 @@ def default_loggers(folder: Path) -> list[Logger]:
     if RequirementCache("tensorboard"):
         loggers.append(TensorBoardLogger(folder, name="logs", version=csv.version))
     return loggers
+
+
+def _labels(data: Any) -> list[str] | None:
+    return getattr(data, "labels", None)  # pairs have none
 
 
 def _tokenizer(model: str, tokenizer: str | None) -> str:

@@ -45,7 +45,7 @@ def test_every_stage_runs_without_fit(tmp_path, path):
     metrics = trainer.test(task, tiny.pairs(20), verbose=False)[0]
     assert metrics.keys() == {"test/loss", "test/recall_at_1", "test/recall_at_5", "test/mrr"}
     predicted = trainer.predict(task, tiny.pairs(20, batch_size=16))
-    assert [part["query"].shape for part in predicted] == [(16, 32), (4, 32)]
+    assert [part["query_embedding"].shape for part in predicted] == [(16, 32), (4, 32)]
     single = task.predict_step(next(iter(tiny.pairs(4)))["query"], 0)
     assert list(single) == ["embedding"]
 
