@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from petune.callbacks import loop_state
 from petune.callbacks.checkpoint_io import SafeCheckpointIO
 from petune.fingerprint import base_fingerprint, compare_fingerprints
 from petune.state import adapter_keys, backbone, base_parameters, find_model, plain_name
@@ -32,7 +33,7 @@ class AdapterCheckpoint(Callback):
     every random generator. Frozen parameters are left out wherever they are: a frozen copy that a module updates by
     hand has to be a buffer. Resuming is bit-exact at the end of an epoch, and in its middle with a loader that
     has `state_dict` and `load_state_dict`; a checkpoint taken by time, between two optimizer steps, loses the
-    gradients accumulated so far.
+    gradients accumulated so far. Training metrics of an epoch that was gone on with cover its rest alone.
 
     Raises:
         ValueError: a trainable tensor is missing from a checkpoint on saving or loading; another base on loading.
@@ -41,6 +42,8 @@ class AdapterCheckpoint(Callback):
     def __init__(self) -> None:
         self._fit_started = False
         self._random_states: list[dict[str, Any]] | None = None
+        self._taken: loop_state.Taken | None = None
+        self._metrics: dict[str, float] = {}
         self._statistics: dict[str, Tensor] = {}
         self._restored: set[str] = set()
         self._fingerprint: dict[str, Any] | None = None
@@ -64,6 +67,19 @@ class AdapterCheckpoint(Callback):
         self._fit_started = True
         self._go_on(trainer)  # not later: making the loader's iterator draws a seed, before `on_train_start`
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        taken, self._taken = self._taken, None
+        if taken is None:
+            return
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._metrics.items()})
+        loop_state.go_on(trainer, taken)
+        if taken.inside_epoch:  # its loader's iterator was made before the checkpoint was taken
+            self._restore_random_state(trainer)
+        self._random_states = None
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loop_state.end_epoch(trainer)
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._remove_load_hook()
 
@@ -76,6 +92,7 @@ class AdapterCheckpoint(Callback):
         checkpoint[_KEY] = {
             "base": self._fingerprint or _fingerprint(pl_module),
             "random_states": _gather(_random_state()),
+            "metrics": loop_state.plateau_metrics(trainer),
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -84,7 +101,8 @@ class AdapterCheckpoint(Callback):
         if ours is None:  # written without this callback
             return
         compare_fingerprints(ours["base"], self._fingerprint or _fingerprint(pl_module), where="checkpoint")
-        self._random_states = ours["random_states"]
+        self._random_states, self._metrics = ours["random_states"], ours.get("metrics", {})
+        self._taken = loop_state.mend(checkpoint)
         if self._fit_started:  # sharded strategies load after on_fit_start
             self._go_on(trainer)
 
@@ -95,20 +113,23 @@ class AdapterCheckpoint(Callback):
 
     def _go_on(self, trainer: L.Trainer) -> None:
         """Have the loader and the random generators go on where the checkpoint was taken."""
-        states, self._random_states = self._random_states, None
-        if states is None:
+        if self._random_states is None:
             return
         # A schedule that asked for `estimated_stepping_batches` has had the loader made, without the state in the
         # checkpoint, which Lightning gives to new loaders only (2.6.6, FitLoop.setup_data): have it made again.
         trainer.fit_loop._combined_loader = None
-        if len(states) != trainer.world_size:
+        if len(self._random_states) != trainer.world_size:
             warnings.warn(
-                f"The checkpoint was written by {len(states)} processes and this run has {trainer.world_size}: it "
-                "goes on with fresh random numbers, so not bit for bit.",
+                f"The checkpoint was written by {len(self._random_states)} processes and this run has "
+                f"{trainer.world_size}: it goes on with fresh random numbers, so not bit for bit.",
                 stacklevel=2,
             )
-            return
-        _set_random_state(states[trainer.global_rank])
+            self._random_states = None
+        self._restore_random_state(trainer)
+
+    def _restore_random_state(self, trainer: L.Trainer) -> None:
+        if self._random_states is not None:
+            _set_random_state(self._random_states[trainer.global_rank])
 
     def _kept(self, pl_module: L.LightningModule, state: dict[str, Any]) -> set[str]:
         """Names of `state` that go into the checkpoint."""

@@ -164,6 +164,12 @@ class PetuneTuner(BaseTuner):
         layer.train(target.training)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # unloading: PEFT would ask a trained head for its `weight`, which RoBERTa's has not (peft 0.21.2)
+            setattr(parent, child_name, new_module)
+
     # --- mixed batches ---
 
     @contextmanager

@@ -97,3 +97,14 @@ def test_the_shape_of_a_base_is_what_its_config_says():
     assert base_shape(nn.Linear(2, 2)) == {}
     config = get_peft_model(build("t5"), DenseDeltaConfig()).peft_config["default"]
     assert config.base_shape == base_shape(build("t5"))
+
+
+def test_a_head_without_a_weight_of_its_own_is_unloaded():
+    """RoBERTa's head is a module of two linears; PEFT's own unloading asks it for `weight`."""
+    model, batch = adapted(DENSE, "roberta", task_type="SEQ_CLS"), inputs("roberta")
+    with torch.no_grad():
+        model.get_base_model().classifier.modules_to_save["default"].dense.weight.add_(1.0)
+    trained = output(model, batch)
+    merged = model.merge_and_unload()
+    assert type(merged.classifier).__name__ == "RobertaClassificationHead"
+    assert relative_error(output(merged, batch), trained) <= TOLERANCE[torch.float32]

@@ -31,6 +31,7 @@ def refuses(model: nn.Module, config: object, match: str) -> None:
     assert_same_tensors(model.state_dict(), before)
 
 
+@pytest.mark.slow
 def test_an_adapter_loaded_without_importing_petune_is_a_key_error_of_pefts(tmp_path):
     adapted(BY_NAME["densedelta"], "bert").save_pretrained(tmp_path)
     code = f"from peft import PeftConfig; PeftConfig.from_pretrained(r'{tmp_path}')"

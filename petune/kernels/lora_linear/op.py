@@ -92,8 +92,18 @@ class _LoraLinear(torch.autograd.Function):
     """Two opaque ops with a gradient: eager calls go through here, torch.library's own autograd costs more a call."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return torch.ops.petune.lora_linear_forward(*inputs)
+    def forward(  # every argument by name: Dynamo cannot trace *inputs under no_grad
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        dropout_p: float,
+        seed: Tensor | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.petune.lora_linear_forward(x, weight, bias, a, b, scale, dropout_p, seed, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
