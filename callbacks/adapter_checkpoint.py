@@ -97,12 +97,12 @@ class AdapterCheckpoint(Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._restored = set(checkpoint.get("state_dict") or ())
+        self._taken = loop_state.mend(checkpoint)
         ours = checkpoint.get(_KEY)
         if ours is None:  # written without this callback
             return
         compare_fingerprints(ours["base"], self._fingerprint or _fingerprint(pl_module), where="checkpoint")
         self._random_states, self._metrics = ours["random_states"], ours.get("metrics", {})
-        self._taken = loop_state.mend(checkpoint)
         if self._fit_started:  # sharded strategies load after on_fit_start
             self._go_on(trainer)
 

@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.evaluation_loop import RestartStage
-from lightning.pytorch.loops.progress import _BatchProgress, _Progress
+from lightning.pytorch.loops.progress import _ProcessedTracker
 
 
 class Taken(Enum):
@@ -41,32 +41,28 @@ def mend(checkpoint: dict[str, Any]) -> Taken | None:
     state = checkpoint.get("loops", {}).get("fit_loop")
     if not state:
         return None
-    epoch, batch = _Progress(), _BatchProgress()
-    epoch.load_state_dict(state["epoch_progress"])
-    batch.load_state_dict(state["epoch_loop.batch_progress"])
-    if epoch.current.ready != epoch.current.started:
+    epoch, batch = state["epoch_progress"], state["epoch_loop.batch_progress"]
+    if epoch["current"]["ready"] != epoch["current"]["started"]:
         return None
-    taken = _when(epoch, batch)
+    taken = _when(epoch["current"], batch["current"], last_batch=batch["is_last_batch"])
     if taken is Taken.AFTER_BATCH:
-        for count in (batch.total, batch.current):
-            count.completed = count.processed
+        for count in (batch["total"], batch["current"]):
+            count["completed"] = count["processed"]
     elif taken is Taken.AFTER_STOP:
-        for count in (epoch.total, epoch.current):
-            count.processed -= 1
-            count.completed = count.processed
+        for count in (epoch["total"], epoch["current"]):
+            count["processed"] -= 1
+            count["completed"] = count["processed"]
     elif not taken.inside_epoch:
-        state["state_dict"].pop("combined_loader", None)  # the next epoch starts with a loader at its start
-    state["epoch_progress"], state["epoch_loop.batch_progress"] = epoch.state_dict(), batch.state_dict()
+        state["state_dict"].pop("combined_loader", None)  # the next epoch has the loader begin
     return taken
 
 
-def _when(epoch: _Progress, batch: _BatchProgress) -> Taken:
-    if epoch.current.processed < epoch.current.started:
-        open_batch = batch.current.completed < batch.current.processed
-        return Taken.AFTER_BATCH if open_batch else Taken.AFTER_VALIDATION
-    if batch.current.ready and not batch.is_last_batch:
+def _when(epoch: dict[str, int], batch: dict[str, int], last_batch: bool) -> Taken:
+    if epoch["processed"] < epoch["started"]:
+        return Taken.AFTER_BATCH if batch["completed"] < batch["processed"] else Taken.AFTER_VALIDATION
+    if batch["ready"] and not last_batch:
         return Taken.AFTER_STOP
-    return Taken.AT_EPOCH_END if epoch.current.completed < epoch.current.processed else Taken.BETWEEN_EPOCHS
+    return Taken.AT_EPOCH_END if epoch["completed"] < epoch["processed"] else Taken.BETWEEN_EPOCHS
 
 
 def go_on(trainer: L.Trainer, taken: Taken) -> None:
@@ -100,6 +96,7 @@ def _into_epoch(trainer: L.Trainer, taken: Taken) -> None:
 def _to_next_epoch(trainer: L.Trainer, taken: Taken) -> None:
     fit_loop = trainer.fit_loop
     for count in (fit_loop.epoch_progress.total, fit_loop.epoch_progress.current):
+        assert isinstance(count, _ProcessedTracker)
         count.completed = count.processed
     if taken is Taken.AT_EPOCH_END:
         fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
