@@ -95,11 +95,13 @@ def _into_epoch(trainer: L.Trainer, taken: Taken) -> None:
 
 def _to_next_epoch(trainer: L.Trainer, taken: Taken) -> None:
     fit_loop = trainer.fit_loop
-    for count in (fit_loop.epoch_progress.total, fit_loop.epoch_progress.current):
-        assert isinstance(count, _ProcessedTracker)
-        count.completed = count.processed
+    total, current = fit_loop.epoch_progress.total, fit_loop.epoch_progress.current
+    assert isinstance(total, _ProcessedTracker)
+    assert isinstance(current, _ProcessedTracker)
     if taken is Taken.AT_EPOCH_END:
+        current.completed = current.processed - 1  # the number of the epoch, for schedules with a frequency
         fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+    total.completed, current.completed = total.processed, current.processed
     _not_restarting(trainer)
     fit_loop.reset_restart_stage()
     fit_loop.epoch_loop.reset_restart_stage()
