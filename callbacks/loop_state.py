@@ -87,8 +87,6 @@ def _into_epoch(trainer: L.Trainer, taken: Taken) -> None:
         loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION  # the one stage that validates first
     elif taken is Taken.AFTER_BATCH and not loop._should_accumulate():
         loop._batches_that_stepped += 1  # counted after the checkpoint was taken
-    elif taken is Taken.AFTER_STOP and validates:
-        loop._batches_that_stepped -= 1  # Lightning will count that batch again as it passes over its validation
     if loop._num_ready_batches_reached() and not validates:
         loop.val_loop._has_run = True  # else the epoch loop asks for a batch more
 
@@ -104,7 +102,6 @@ def _to_next_epoch(trainer: L.Trainer, taken: Taken) -> None:
     total.completed, current.completed = total.processed, current.processed
     _not_restarting(trainer)
     fit_loop.reset_restart_stage()
-    fit_loop.epoch_loop.reset_restart_stage()
 
 
 def end_epoch(trainer: L.Trainer) -> None:

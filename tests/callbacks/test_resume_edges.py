@@ -34,10 +34,17 @@ class Validated(runs.Module):
 class WithPlateau(Validated):
     """The learning rate falls after each epoch whose loss is not below a bound that it never reaches."""
 
+    frequency = 1
+
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
         schedule = ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.9)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
+        entry = {"scheduler": schedule, "monitor": "val_loss", "frequency": self.frequency}
+        return {"optimizer": optimizer, "lr_scheduler": entry}
+
+
+class EverySecondEpoch(WithPlateau):
+    frequency = 2
 
 
 class Counters(Callback):
@@ -46,7 +53,8 @@ class Counters(Callback):
     def on_train_end(self, trainer, pl_module):
         loop = trainer.fit_loop
         rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
-        self.seen = loop.epoch_progress.current.state_dict(), loop.epoch_loop._batches_that_stepped, rates
+        taken = [config.scheduler.last_epoch for config in trainer.lr_scheduler_configs]
+        self.seen = loop.epoch_progress.current.state_dict(), loop.epoch_loop._batches_that_stepped, rates, taken
 
 
 def assert_resumes(tmp_path, module, legs, loader=False, **common):
@@ -114,11 +122,48 @@ def test_resume_is_bit_exact(tmp_path, case, module):
 
 @pytest.mark.parametrize(
     ("legs", "options"),
-    [(cut(8), EVERY_2), (cut(6), EVERY_2), (cut(6, 12), {}), (cut(6), {"max_steps": 16}), (cut(3, 6), HALF)],
+    [(cut(8), EVERY_2), (cut(6), EVERY_2), (cut(12), {}), (cut(6), {"max_steps": 16}), (cut(3, 6), HALF)],
     ids=["inside an epoch", "last batch", "end of an epoch", "end with max_steps", "after validation"],
 )
-def test_a_schedule_that_watches_a_metric_takes_each_of_its_steps(tmp_path, legs, options):
-    assert_resumes(tmp_path, WithPlateau, legs, **{"loader": True, **options})
+@pytest.mark.parametrize("module", [WithPlateau, EverySecondEpoch])
+def test_a_schedule_that_watches_a_metric_takes_each_of_its_steps(tmp_path, legs, options, module):
+    assert_resumes(tmp_path, module, legs, **{"loader": True, **options})
+
+
+@pytest.mark.parametrize("module", [runs.Module, Validated])
+def test_resume_on_the_last_batch_is_bit_exact_with_a_plain_shuffling_loader(tmp_path, module):
+    def fit(folder, resume=None):
+        loader = DataLoader(runs.dataset(), runs.BATCH, shuffle=True)
+        return runs.fit(tmp_path / folder, every_steps=6, loader=loader, module=module(), resume=resume)
+
+    reference = fit("one")
+    resumed = fit("two", resume=tmp_path / "one" / "step=6.ckpt")
+    assert resumed.losses == reference.losses[6:]
+
+
+def test_no_checkpoint_is_made_between_two_accumulating_batches_after_resuming(tmp_path):
+    options = {"every_steps": 1, "accumulate_grad_batches": 2}
+    runs.fit(tmp_path / "one", **options)
+    runs.fit(tmp_path / "two", resume=tmp_path / "one" / "step=4.ckpt", **options)
+    steps = {path.stem for path in (tmp_path / "two").iterdir()}
+    assert steps == {*(f"step={step}" for step in range(5, 10)), "last"}
+
+
+def test_a_training_metric_of_an_epoch_with_nothing_left_to_train_is_missed_and_no_more(tmp_path):
+    class Logs(Validated):
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            self.log("epoch_loss", loss, on_step=False, on_epoch=True)
+            return loss
+
+    def best(name):
+        return ModelCheckpoint(tmp_path / name, monitor="epoch_loss")
+
+    reference = runs.fit(tmp_path / "one", every_steps=2, module=Logs(), callbacks=[best("best")])
+    resume = tmp_path / "one" / "step=6.ckpt"
+    with pytest.warns(UserWarning, match="could not find the monitored key"):
+        resumed = runs.fit(tmp_path / "two", every_steps=2, module=Logs(), callbacks=[best("more")], resume=resume)
+    assert resumed.losses == reference.losses[-len(resumed.losses) :]
 
 
 def test_a_run_that_its_time_limit_stopped_goes_on_inside_the_epoch(tmp_path):
