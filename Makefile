@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check lint types notebooks bench gpu clean
+.PHONY: demo test check lint types notebooks peft-suite bench gpu clean
 
 demo: $(READY)  ## fine-tune a real encoder on the standard library's docstrings, offline
 	$(BIN)/petune demo
@@ -25,11 +25,15 @@ types: $(READY)
 notebooks: $(READY)  ## run every notebook from top to bottom
 	$(BIN)/python -m pytest -n 0 notebooks
 
+peft-suite: $(READY)  ## PEFT's own tests, with our methods in the place of its LoRA
+	$(BIN)/python tests/adapters/peft_suite/run.py -n 2
+
 bench: $(READY)  ## the CPU benchmarks, on an idle machine; writes benchmarks/results/*.json
 	$(BIN)/python benchmarks/lora_cpu.py
+	$(BIN)/python benchmarks/demo.py
 
-gpu:  ## the tests that have a CUDA side, with the interpreter given as PYTHON
-	$(PYTHON) -m pytest tests/kernels tests/adapters/test_lora.py
+gpu:  ## the operators and the fused layer on a CUDA device, with the interpreter given as PYTHON
+	PETUNE_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/kernels tests/adapters/test_lora.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -9,6 +9,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+if device := os.environ.get("PETUNE_TEST_DEVICE"):  # `make gpu` says cuda
+    torch.set_default_device(device)
 torch.set_num_threads(1)  # two cores run two test processes; more threads would only fight over them
 
 TOLERANCE = {

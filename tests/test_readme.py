@@ -1,6 +1,8 @@
 """The README's Python runs and prints what it says."""
 
 import doctest
+import json
+import statistics
 from pathlib import Path
 
 README = Path(__file__).parent.parent / "README.md"
@@ -17,3 +19,16 @@ def test_the_readme_shows_the_two_commands():
     text = README.read_text()
     assert "make demo" in text
     assert "make test" in text
+
+
+def test_the_figures_are_those_of_the_committed_runs():
+    text, results = README.read_text(), README.parent / "benchmarks" / "results"
+    gates = json.loads((results / "lora_cpu.json").read_text())["gates"]
+    assert all(gate["passed"] for gate in gates.values())
+    kept = [gate["value"] for name, gate in gates.items() if name.endswith("to PEFT")]
+    assert f"{gates['time float32']['value']:.2f}x (fp32) and {gates['time bfloat16']['value']:.2f}x (bf16)" in text
+    assert f"{min(kept):.2f}x to {max(kept):.2f}x of the bytes" in text
+    runs = json.loads((results / "demo.json").read_text())["retrieval"]
+    for row in runs[0]["rows"]:
+        scores = [other["scores"]["R@1"] for run in runs for other in run["rows"] if other["name"] == row["name"]]
+        assert f"{statistics.mean(scores):.3f}".lstrip("0") in text, row["name"]
