@@ -111,6 +111,22 @@ def walk(name: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[Node]:
             yield from walk(f"{name}.{child_name}" if name else child_name, child, seen)
 
 
+def has_width(block: nn.Module) -> bool:
+    """Whether `block`, read alone, has linears or norms to tell the size of its residual stream by."""
+    return any(node.features or node.norm_width for node in walk("", block, set()))
+
+
+def width_of(block: nn.Module) -> int:
+    """Size of the residual stream that `block`, read alone, works on.
+
+    Raises:
+        ValueError: it has neither linears nor norms.
+    """
+    if not has_width(block):
+        raise ValueError(f"a {type(block).__name__} has neither linear layers nor norms to tell its hidden size by.")
+    return _width(walk("", block, set()))
+
+
 def read_block(stack: str, block: Node, nodes: Sequence[Node]) -> Block | None:
     """Sort the modules of `block` (all of the model's are in `nodes`) by role.
 

@@ -1,8 +1,9 @@
-"""PetuneLayer: a frozen linear map and the adapters that live on it."""
+"""PetuneLayer: a frozen linear map and the adapters that live on it; AdapterLayer: what it shares with PetuneBlock."""
 
 import warnings
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -15,17 +16,21 @@ from petune.config import PetuneConfig
 BASE = "__base__"  # PEFT's name, in `adapter_names`, for a row that takes no adapter
 
 
-class PetuneLayer(nn.Module, BaseTunerLayer):
-    """y = base(x) + Σ_name delta(name, x)
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """A frozen module and the adapters that live on it: the bookkeeping that PEFT and the tuner ask for.
 
-    A method subclasses this with three things: the containers of its parameters, keyed by adapter name and listed in
-    `adapter_layer_names` (trained) or `other_param_names` (not trained); `create`, which fills them; and `delta`. One
-    whose update is a weight, ΔW, gives `get_delta_weight` as well and is merged from there. One that is not additive
-    (a mask, a routed block) overrides `forward` and starts from `live_adapters`.
+    A method subclasses `PetuneLayer`, which wraps a linear map, or `petune.block_layer.PetuneBlock`, which wraps any
+    module from hidden states to hidden states, with three things: the containers of its parameters, keyed by adapter
+    name and listed in `adapter_layer_names` (trained) or `other_param_names` (not trained); `create`, which fills
+    them; and `delta`. One that is not additive (a mask, a routed block) overrides `forward` and starts from
+    `live_adapters`.
     """
 
     supports_mixed_batch = True
     """Whether rows of one batch can take different adapters; needs a delta that looks at each row alone."""
+
+    delta: ClassVar[Callable[..., Tensor]]
+    """delta(self, name, *inputs): what adapter `name` adds to the output, of inputs in the dtype of its parameters."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -34,37 +39,20 @@ class PetuneLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.cast_input_dtype_enabled = True  # `peft.helpers.disable_input_dtype_casting` looks for it
-        innermost = self.get_base_layer()
         self.quantization_backend: QuantizationBackend | None = None  # set by the tuner, which knows the model
-        self.transposed = isinstance(innermost, Conv1D)  # GPT-2 keeps its weights as [in_features, out_features]
-        self.in_features, self.out_features = linear_shape(innermost)
-
-    # ------------------------------------------------------------------------------------------- what a method gives
 
     @abstractmethod
     def create(self, name: str, config: PetuneConfig) -> None:
         """Fill the containers for a new adapter. Runs on the meta device when a checkpoint is about to be loaded."""
 
-    @abstractmethod
-    def delta(self, name: str, x: Tensor) -> Tensor:
-        """What adapter `name` adds to the output: [..., in_features] to [..., out_features]."""
-
-    def get_delta_weight(self, name: str) -> Tensor:
-        """ΔW of adapter `name`, [out_features, in_features], in the dtype of its parameters.
-
-        Raises:
-            NotImplementedError: the update is not a weight.
-        """
-        raise NotImplementedError(
-            f"{type(self).__name__}: the update of adapter {name!r} is no weight, so it cannot be merged; "
-            "use unload() for the base model, or keep the adapter."
-        )
-
-    # -------------------------------------------------------------------------------------------------- shared by all
-
     def update_layer(self, name: str, config: PetuneConfig) -> None:
-        """Add adapter `name`, on the base layer's device and, until PEFT casts it, in its dtype."""
+        """Add adapter `name`, on the base layer's device, in its train or eval mode and, until PEFT casts it, its
+        dtype."""
         self.create(name, config)
+        self.training = self.base_layer.training
+        for child in self.children():
+            if child is not self.base_layer:
+                child.train(self.training)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -79,28 +67,26 @@ class PetuneLayer(nn.Module, BaseTunerLayer):
         present = self._get_available_adapters()
         return [name for name in self.active_adapters if name in present]
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        if adapter_names is not None:
-            return self._mixed_forward(x, adapter_names, *args, **kwargs)
-        live = self.live_adapters()  # before the base layer runs: it may unmerge
-        y = self.base_layer(x, *args, **kwargs)
+    def _with_updates(self, y: Tensor, live: list[str], *inputs: Tensor) -> Tensor:
+        """y + Σ delta(name, *inputs) over the live adapters, in the dtype of y."""
         dtype = y.dtype
         for name in live:
-            y = y + self.delta(name, self._adapter_input(name, x))
+            y = y + self.delta(name, *(self._adapter_input(name, x) for x in inputs))
         return y.to(dtype)
 
-    def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """Row i of the batch takes adapter_names[i]; `__base__` takes none."""
+    def _check_rows(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
             raise ValueError(f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)} rows.")
         if self.merged:
             raise ValueError("adapter_names needs adapters that are not merged; call unmerge_adapter() first.")
-        y = self.base_layer(x, *args, **kwargs)
+
+    def _with_row_updates(self, y: Tensor, adapter_names: list[str], *inputs: Tensor) -> Tensor:
+        """Row i of the batch takes adapter_names[i]; `__base__` takes none."""
         if self.disable_adapters:
             return y
         for name in sorted(set(adapter_names) & self._get_available_adapters()):
-            rows = torch.tensor([i for i, row in enumerate(adapter_names) if row == name], device=x.device)
-            update = self.delta(name, self._adapter_input(name, x[rows]))
+            rows = torch.tensor([i for i, row in enumerate(adapter_names) if row == name], device=y.device)
+            update = self.delta(name, *(self._adapter_input(name, x[rows]) for x in inputs))
             y = y.index_add(0, rows, update.to(y.dtype))
         return y
 
@@ -113,7 +99,53 @@ class PetuneLayer(nn.Module, BaseTunerLayer):
                 return self._cast_input_dtype(x, parameter.dtype)
         return x
 
-    # --------------------------------------------------------------------------------------------------------- merging
+    def get_delta_weight(self, name: str) -> Tensor:
+        """ΔW of adapter `name`, [out_features, in_features], in the dtype of its parameters.
+
+        Raises:
+            NotImplementedError: the update is not a weight.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__}: the update of adapter {name!r} is no weight, so it cannot be merged; "
+            "use unload() for the base model, or keep the adapter."
+        )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises NotImplementedError, from `get_delta_weight`: only a linear map has a weight to merge into."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            self.get_delta_weight(name)
+
+    def unmerge(self) -> None:
+        """Warn that there is nothing to do."""
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+
+    def __repr__(self) -> str:
+        return "petune." + super().__repr__()
+
+
+class PetuneLayer(AdapterLayer):
+    """y = base(x) + Σ_name delta(name, x), on a Linear or a Conv1D
+
+    A method whose update is a weight, ΔW, gives `get_delta_weight` beside `create` and `delta`, and is merged from
+    there.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        innermost = self.get_base_layer()
+        self.transposed = isinstance(innermost, Conv1D)  # GPT-2 keeps its weights as [in_features, out_features]
+        self.in_features, self.out_features = linear_shape(innermost)
+
+    @abstractmethod
+    def delta(self, name: str, x: Tensor) -> Tensor:
+        """What adapter `name` adds to the output: [..., in_features] to [..., out_features]."""
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if adapter_names is not None:
+            self._check_rows(x, adapter_names)
+            return self._with_row_updates(self.base_layer(x, *args, **kwargs), adapter_names, x)
+        live = self.live_adapters()  # before the base layer runs: it may unmerge
+        return self._with_updates(self.base_layer(x, *args, **kwargs), live, x)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """W ← W + ΔW for each adapter, in float32 where the weight has fewer bits.
@@ -139,7 +171,7 @@ class PetuneLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """W ← W − ΔW, last merged first; the weight comes back to within a rounding of its dtype."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            super().unmerge()
             return
         while self.merged_adapters:
             self.set_base_weight(self._shifted_weight(self.merged_adapters.pop(), sign=-1))
@@ -159,10 +191,7 @@ class PetuneLayer(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `peft.convert_to_lora` can take ΔW: it can for every method that has one."""
-        return type(self).get_delta_weight is not PetuneLayer.get_delta_weight
-
-    def __repr__(self) -> str:
-        return "petune." + super().__repr__()
+        return type(self).get_delta_weight is not AdapterLayer.get_delta_weight
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:

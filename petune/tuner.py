@@ -23,8 +23,10 @@ from peft.utils.quantization_utils import QuantizationBackend, resolve_quantizat
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from petune.block_layer import PetuneBlock
+from petune.blocks import has_width
 from petune.config import PetuneConfig
-from petune.layer import BASE, PetuneLayer
+from petune.layer import BASE, AdapterLayer
 from petune.topology import closest_modules, find_topology, resolve_targets
 
 # fields in which summed adapters may differ
@@ -39,13 +41,13 @@ HEAD_NAMES = frozenset({"classifier", "score", "qa_outputs", "lm_head"})  # what
 class PetuneTuner(BaseTuner):
     """Base of every method's tuner. A method sets the class attributes; most need no method of their own."""
 
-    tuner_layer_cls: type[PetuneLayer]  # pyright: ignore[reportIncompatibleVariableOverride]
+    tuner_layer_cls: type[AdapterLayer]  # pyright: ignore[reportIncompatibleVariableOverride]
     """The layer that replaces a target."""
     target_module_mapping = {}  # noqa: RUF012  # PEFT's table by model_type; here the structure is asked instead
     default_roles: ClassVar[tuple[str, ...]] = ("attention_qv",)
     """Topology roles that target_modules=None stands for."""
     supported_modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, Conv1D)
-    """What may be wrapped."""
+    """What may be wrapped; `(nn.Module,)`, with `default_roles = ("blocks",)`, by a method of `PetuneBlock`s."""
     needs_float_base: ClassVar[bool] = False
     """Whether the method computes with the base weight itself, which a quantised layer does not have."""
     linear_in_parameters: ClassVar[bool] = False
@@ -67,6 +69,7 @@ class PetuneTuner(BaseTuner):
         targets = self._expand_targets(peft_config, model)
         for name, module in targets:
             self._check_target(name, module)
+        _check_not_nested(targets)
         self.check_targets(peft_config, model, targets)
 
     def check_targets(self, config: PetuneConfig, model: nn.Module, targets: list[tuple[str, nn.Module]]) -> None:
@@ -86,6 +89,8 @@ class PetuneTuner(BaseTuner):
     def _expand_targets(self, config: PetuneConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
         modules = [(name, module) for name, module in model.named_modules() if not _inside_tuner_layer(model, name)]
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+            if issubclass(self.tuner_layer_cls, PetuneBlock):
+                config.refuse("target_modules", "names linear layers, but the method adapts blocks; leave it out")
             skip = HEAD_NAMES | set(config.modules_to_save or ())
             names = [name for name, module in modules if self._supports(module) and not skip & set(name.split("."))]
             config.target_modules = set(self._in_layers(config, names))  # pyright: ignore[reportAttributeAccessIssue]
@@ -97,10 +102,13 @@ class PetuneTuner(BaseTuner):
     def _no_match(self, config: PetuneConfig, model: nn.Module) -> NoMatchingPeftModuleError:
         wanted = config.target_modules or ""
         near = closest_modules(model, wanted if isinstance(wanted, str) else sorted(wanted))
+        hidden = [name for name, _ in model.named_modules() if _inside_tuner_layer(model, name)]
+        found = next((name for name in hidden if _matches(config, name)), None)
+        inside = f"{found!r} lies inside an adapted module, so add this adapter before that one; " if found else ""
         return NoMatchingPeftModuleError(
             f"no module matched target_modules={wanted!r} in {type(model).__name__}"
             f"{_also(config, 'exclude_modules')}{_also(config, 'layers_to_transform')}; "
-            f"similar names: {', '.join(near) or 'none'}."
+            f"{inside}similar names: {', '.join(near) or 'none'}."
         )
 
     def _check_target(self, name: str, module: nn.Module) -> None:
@@ -111,10 +119,25 @@ class PetuneTuner(BaseTuner):
                 f"target {name!r} is a {type(base).__name__}; {type(self).__name__} supports {supported}: "
                 "narrow target_modules to those."
             )
+        if issubclass(self.tuner_layer_cls, PetuneBlock):
+            self._check_block(name, base)
         if self.needs_float_base and self._quantization_backend(base) is not None:
             raise ValueError(
                 f"target {name!r} is a quantised {type(base).__name__}; {type(self).__name__} computes with the float "
                 "weight: load the base without quantisation, or use FusedLoraConfig."
+            )
+
+    def _check_block(self, name: str, block: nn.Module) -> None:
+        if type(block).forward is nn.Module.forward or not has_width(block):
+            raise ValueError(
+                f"target {name!r} is a {type(block).__name__}, which does not map hidden states to hidden states; "
+                "narrow target_modules to the blocks."
+            )
+        inner = next((path for path, m in block.named_modules() if isinstance(m, self.tuner_layer_cls)), None)
+        if inner is not None:
+            raise ValueError(
+                f"target {name!r} has an adapter of the same method inside, on {inner!r}, which unload() would leave "
+                "there; delete that adapter, or narrow target_modules."
             )
 
     def _supports(self, module: nn.Module) -> bool:
@@ -141,7 +164,7 @@ class PetuneTuner(BaseTuner):
         if outside:
             config.refuse("layers_to_transform", f"names block {outside[0]}, but the model has 0..{len(blocks) - 1}")
         roots = tuple(f"{blocks[index]}." for index in chosen)
-        return [name for name in names if name.startswith(roots)]
+        return [name for name in names if f"{name}.".startswith(roots)]
 
     # --- injection ---
 
@@ -161,7 +184,6 @@ class PetuneTuner(BaseTuner):
         layer = self.tuner_layer_cls(target)  # `target` may be another method's layer: it is wrapped as it stands
         layer.quantization_backend = self._quantization_backend(target)
         layer.update_layer(adapter_name, peft_config)
-        layer.train(target.training)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -207,7 +229,7 @@ class PetuneTuner(BaseTuner):
         return [
             module.register_forward_pre_hook(partial(_add_adapter_names, rows=rows), with_kwargs=True)
             for module in root.modules()
-            if isinstance(module, (PetuneLayer, AuxiliaryTrainingWrapper))
+            if isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper))
         ]
 
     # --- weighted adapters ---
@@ -256,7 +278,9 @@ class PetuneTuner(BaseTuner):
     def _targets_of(self, name: str) -> set[str]:
         """Full names of the modules that adapter `name` sits on."""
         modules = self.model.named_modules()
-        return {path for path, m in modules if isinstance(m, PetuneLayer) and name in m._all_available_adapter_names()}
+        return {
+            path for path, m in modules if isinstance(m, AdapterLayer) and name in m._all_available_adapter_names()
+        }
 
     def _entries(self, name: str) -> dict[str, Tensor]:
         """Trained tensors of one adapter, by a key that is the same for all adapters."""
@@ -313,6 +337,14 @@ def _inside_tuner_layer(model: nn.Module, name: str) -> bool:
             return True
         parent = parent.rpartition(".")[0]
     return False
+
+
+def _check_not_nested(targets: list[tuple[str, nn.Module]]) -> None:
+    outer = ""
+    for name, _ in targets:  # in model order: what is inside follows at once
+        if outer and name.startswith(f"{outer}."):
+            raise ValueError(f"target {name!r} lies inside target {outer!r}; narrow target_modules to one of them.")
+        outer = name
 
 
 def _add_adapter_names(

@@ -85,7 +85,9 @@ def test_callbacks_do_not_import_tasks():
     assert offenders("petune.callbacks", "petune.tasks", "petune.cli", "petune.demo") == []
 
 
-@pytest.mark.parametrize("name", ["registry", "config", "layer", "tuner", "topology", "fingerprint", "export"])
+@pytest.mark.parametrize(
+    "name", ["registry", "config", "layer", "block_layer", "tuner", "topology", "fingerprint", "export"]
+)
 def test_the_shared_base_imports_neither_trainer_nor_what_stands_on_it(name):
     above = ("lightning", "triton", "petune.tasks", "petune.callbacks", "petune.cli", "petune.demo")
     assert offenders(f"petune.{name}", *above) == []

@@ -10,6 +10,7 @@ import torch
 from peft import PeftConfig
 
 import petune
+from tests.adapters.block_shift import BlockShiftConfig
 from tests.adapters.dense_delta import DenseDeltaConfig
 from tests.adapters.relu_delta import ReluDeltaConfig
 from tests.families import FAMILIES
@@ -30,6 +31,8 @@ class Case:
     """Name of the dropout field."""
     default_targets: bool = True
     """Whether target_modules=None finds the targets of every family from the model's structure."""
+    blocks: bool = False
+    """Whether it wraps whole blocks, or any module from hidden states to hidden states, instead of linear layers."""
     merges: bool = True
     mixed_batch: bool = True
     several_active: bool = True
@@ -72,6 +75,16 @@ CASES = (
         default_targets=False,
         families=("bert", "t5"),
         suite_models=("MLP",),
+    ),
+    Case(
+        "blockshift",
+        BlockShiftConfig,
+        dropout="shift_dropout",
+        blocks=True,
+        merges=False,
+        weighted=False,
+        converts_to_lora=False,
+        suite_models=(),
     ),
     # the control: what PEFT's own method fails here is no demand of the contract
     Case(

@@ -46,7 +46,7 @@ def test_default_targets_sit_in_every_block(case, family):
     model = get_peft_model(build(family, head="none"), case.config())
     topology = find_topology(model.get_base_model())
     layers = [name for name, module in model.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)]
-    assert [block for block in topology.blocks if not any(name.startswith(f"{block}.") for name in layers)] == []
+    assert [block for block in topology.blocks if not any(f"{name}.".startswith(f"{block}.") for name in layers)] == []
     trainable, total = model.get_nb_trainable_parameters()
     assert 0 < trainable < total
 

@@ -62,10 +62,28 @@ def test_a_layer_that_the_model_does_not_have_is_refused_with_the_range(case):
 
 
 @pytest.mark.parametrize(("target", "kind"), [("LayerNorm", "LayerNorm"), ("word_embeddings", "Embedding")])
-@cases(**OURS)
+@cases(blocks=False, **OURS)
 def test_a_target_of_unsupported_type_is_named_with_what_is_supported(case, target, kind):
     config = case.config(target_modules=["query", target])
     refuses(build("bert"), config, rf"target 'bert\..*{target}' is a {kind}; \w+ supports Linear")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("encoder.layer", r"'bert\.encoder\.layer' is a ModuleList, which does not map hidden states"),
+        ("word_embeddings", r"'bert\..*word_embeddings' is a Embedding, which does not map hidden states"),
+        ("query", r"target 'bert\.encoder\.layer\.0\..*query' lies inside target 'bert\.encoder\.layer\.0'"),
+    ],
+)
+@cases(blocks=True, **OURS)
+def test_a_target_that_is_no_block_or_stands_in_one_is_refused(case, target, message):
+    refuses(build("bert"), case.config(target_modules=["layer.0", target]), message)
+
+
+@cases(blocks=True, **OURS)
+def test_all_linear_is_refused_by_a_method_on_blocks(case):
+    refuses(build("bert"), case.config(target_modules="all-linear"), "the method adapts blocks; leave it out")
 
 
 @cases()
@@ -108,14 +126,14 @@ def _lose_tensors(folder, count: int) -> list[str]:
 @pytest.mark.parametrize("count", [1, 6])
 @cases(**OURS)
 def test_a_checkpoint_with_missing_tensors_is_refused_and_lists_them(case, tmp_path, count):
-    # enough layers that six tensors can be lost
-    adapted(case, "bert", target_modules=["query", "key", "value", "dense"]).save_pretrained(tmp_path)
+    names = ["query", "key", "value", "attention.output.dense"]  # enough that six tensors can be lost
+    adapted(case, "bert", target_modules=names).save_pretrained(tmp_path)
     _lose_tensors(tmp_path, count)
     with pytest.raises(
         ValueError, match=rf"adapter 'default' lacks {count} tensors.*{', …' if count > 5 else '_d.default'}"
     ):
         PeftModel.from_pretrained(build("bert"), tmp_path)
-    model = adapted(case, "bert", target_modules=["query", "key", "value", "dense"])
+    model = adapted(case, "bert", target_modules=names)
     expected = output(model, inputs("bert"))
     with pytest.raises(ValueError, match=rf"adapter 'second' lacks {count} tensors"):
         model.load_adapter(tmp_path, "second")

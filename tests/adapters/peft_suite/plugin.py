@@ -73,7 +73,7 @@ def several_active_cases(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     if CONTROL:
         return kept
     for case in OWN:
-        if case.several_active:
+        if case.several_active and "MLP" in case.suite_models:
             options = {**case.options, **case.random_start}
             lin0, lin1 = ({**options, "target_modules": [name]} for name in ("lin0", "lin1"))
             kept += [(f"{case.name} same", case.name, case.config_cls, lin0, lin0)]
