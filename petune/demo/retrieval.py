@@ -206,14 +206,10 @@ class _Run:
         """Fine-tune with Lightning, encode the held-out texts, save and check the adapter."""
         start = time.monotonic()
         torch.manual_seed(self.seed)
-        chosen: dict[str, Any] = {} if trial.adapter is None else {"adapter": trial.adapter}
-        task = TextEmbedding(
-            self.encoder,
-            train=trial.train,
-            learning_rate=trial.learning_rate,
-            tokenizer=self.tokenizer,
-            **chosen,
-        )
+        options: dict[str, Any] = {"train": trial.train, "learning_rate": trial.learning_rate}
+        if trial.adapter is not None:
+            options["adapter"] = trial.adapter
+        task = TextEmbedding(self.encoder, tokenizer=self.tokenizer, **options)
         task.build()
         trainer = self._trainer(stages)
         trainer.fit(task, self._data())
