@@ -32,3 +32,10 @@ def test_the_figures_are_those_of_the_committed_runs():
     for row in runs[0]["rows"]:
         scores = [other["scores"]["R@1"] for run in runs for other in run["rows"] if other["name"] == row["name"]]
         assert f"{statistics.mean(scores):.3f}".lstrip("0") in text, row["name"]
+    untouched = {row["name"]: f"{row['scores']['R@1']:.3f}".lstrip("0") for row in runs[2]["rows"]}
+    untouched_text = " ".join(text.split())
+    assert (
+        f"frozen {untouched['frozen encoder']}, linear map {untouched['frozen + linear map']}, "
+        f"`lora` {untouched['lora']}" in untouched_text
+    )
+    assert f"full fine-tuning {untouched['full fine-tuning']}." in untouched_text

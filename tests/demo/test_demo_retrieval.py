@@ -71,6 +71,11 @@ def test_one_seed_gives_one_result(run, tmp_path):
     assert run(methods=["lora"], seed=4, output=tmp_path).rows != first.rows
 
 
+def test_the_report_says_when_its_rates_were_chosen_on_its_own_held_out_data(run, tmp_path):
+    told = {seed: retrieval.OPTIMISTIC in run(methods=["lora"], seed=seed, output=tmp_path).notes for seed in (0, 2)}
+    assert told == {0: True, 2: False}
+
+
 def test_a_budget_too_small_cuts_the_training_and_the_report_says_so(run, monkeypatch):
     monkeypatch.setattr(retrieval, "STEP_COST", 1e9)
     result = run(methods=["lora"])
