@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from petune.adapters.lora import FusedLoraConfig, fuse
+    from petune.adapters.lora import FusedLoraConfig, fuse, unfuse
     from petune.export import export_lora, export_merged, load_adapter, save_adapter
     from petune.registry import methods, register_method
 
@@ -26,11 +26,13 @@ __all__ = [
     "methods",
     "register_method",
     "save_adapter",
+    "unfuse",
 ]
 
 _HOME = {
     "FusedLoraConfig": "petune.adapters.lora",
     "fuse": "petune.adapters.lora",
+    "unfuse": "petune.adapters.lora",
     "export_lora": "petune.export",
     "export_merged": "petune.export",
     "load_adapter": "petune.export",

@@ -20,7 +20,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from petune.adapters.lora import FusedLoraConfig
+from petune.adapters.lora import FusedLoraConfig, fuse
 from petune.tasks.describe import class_path, describe_adapter, plain, resolve_adapter
 from petune.tasks.models import fresh_modules, load_config, load_model, load_tokenizer
 from petune.tasks.optim import adamw, check_learning_rate, parameter_groups, warmup_schedule
@@ -334,6 +334,8 @@ class AdapterTask(L.LightningModule):
             wrapped = get_peft_model(model, config, autocast_adapter_dtype=self.autocast_adapter_dtype)
         except NoMatchingPeftModuleError as error:
             raise ValueError(_no_match(model, config)) from error
+        if isinstance(config, FusedLoraConfig) and config.target_modules:  # else it trains tokens or parameters alone
+            fuse(wrapped)
         return cast("PeftModel", wrapped)
 
     def _check_ranges(self) -> None:

@@ -1,24 +1,36 @@
-"""`FusedLinear`: PEFT's LoRA linear layer with its forward as one operator, and `fuse`, which puts it in."""
+"""`FusedLoraLinear`: PEFT's LoRA linear layer with its forward as one operator."""
 
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import dispatch_default
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from petune.kernels.lora_linear import lora_linear
 
+if TYPE_CHECKING:
+    from petune.adapters.lora.group import Group
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-class FusedLinear(LoraLinear):
+class Operands(NamedTuple):
+    """What a call needs besides x, in the order of `petune.kernels.lora_linear.lora_linear`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout_p: float
+
+
+class FusedLoraLinear(LoraLinear):
     """y = x Wᵀ + b + Σ scale · drop(x) Aᵀ Bᵀ over the active adapters, by `petune.kernels.lora_linear`.
 
     State, keys, merging and every other method are those of `peft.tuners.lora.Linear`, and so is the forward of all
@@ -26,135 +38,140 @@ class FusedLinear(LoraLinear):
     several active adapters with dropout.
     """
 
+    group: "Group | None" = None
+    """The projections of one input that are computed together with this one."""
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or self.disable_adapters or self.merged:
+        if args or kwargs:
             return super().forward(x, *args, **kwargs)
-        live = [name for name in self.active_adapters if name in self.lora_A]
-        if not live or self._uncovered(x, live):
-            return super().forward(x)
-        base = cast("nn.Linear", self.base_layer)
-        weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+        if self.group is not None:
+            y = self.group.take(self, x)
+            if y is not None:
+                return y
+        operands = self.operands(x)
+        return super().forward(x) if operands is None else lora_linear(x, *operands)
+
+    def operands(self, x: Tensor) -> Operands | None:
+        """The tensors and numbers of this call, or None where PEFT's own forward must run.
+
+        Everything is looked at in every call, so no change to the layer, its adapters or their hooks is missed.
+        """
+        # the dictionaries of modules and parameters are read directly: nn.Module.__getattr__ takes ten times as long
+        modules: dict[str, Any] = self._modules
+        base = modules["base_layer"]
+        if self._disable_adapters or self.merged_adapters or _has_any_global_hook() or uncovered_base(base):
+            return None
+        weight = tensor(base, "weight")
+        if x.shape[-1] != self.in_features or not self._takes(x, weight):
+            return None
+        live: list[tuple[Tensor, Tensor, float, float]] = []
+        active = self._active_adapter
+        for name in (active,) if isinstance(active, str) else active:
+            if name in modules["lora_A"]._modules:
+                if uncovered_adapter(self, name):
+                    return None
+                live.append(self._adapter(name))
+        if type(base) is Conv1D:
+            weight = weight.T
         if len(live) == 1:
-            a, b = self._factors(live[0])
-            return lora_linear(x, weight, base.bias, a, b, self.scaling[live[0]], self._dropout_p(live[0]))
+            return Operands(weight, tensor(base, "bias"), *live[0])
+        if not live or any(dropout_p for *_, dropout_p in live):
+            return None
         # adapters without dropout add up to one of the summed rank: [A₁; A₂; …] and [s₁B₁, s₂B₂, …]
-        a = torch.cat([self._factors(name)[0] for name in live])
-        b = torch.cat([self._factors(name)[1] * self.scaling[name] for name in live], dim=1)
-        return lora_linear(x, weight, base.bias, a, b, 1.0)
+        a = torch.cat([a for a, _, _, _ in live])
+        b = torch.cat([b * scale for _, b, scale, _ in live], dim=1)
+        return Operands(weight, tensor(base, "bias"), a, b, 1.0, 0.0)
 
-    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
-        return cast("Tensor", self.lora_A[name].weight), cast("Tensor", self.lora_B[name].weight)
+    def _adapter(self, name: str) -> tuple[Tensor, Tensor, float, float]:
+        a, b, dropout = parts(self, name)
+        dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        return tensor(a, "weight"), tensor(b, "weight"), self.scaling[name], dropout_p
 
-    def _dropout_p(self, name: str) -> float:
-        dropout = self.lora_dropout[name]
-        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    def _takes(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the operator reads x as it is; PEFT's own forward has the error messages for the rest."""
+        if type(x) is not Tensor and is_traceable_wrapper_subclass(x):
+            return False
+        if x.dtype == weight.dtype and self.cast_input_dtype_enabled:
+            return True
+        return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
-    def _uncovered(self, x: Tensor, live: list[str]) -> bool:
-        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        return (
-            any(uncovered_adapter(self, name) for name in live)
-            or bool(uncovered_base(self.base_layer))
-            or (len(live) > 1 and any(self._dropout_p(name) for name in live))
-            # PEFT's own forward has the error message for these
-            or x.shape[-1] != self.in_features
-            or (not autocast and x.dtype != self.base_layer.weight.dtype)
-            or (not autocast and not self.cast_input_dtype_enabled)
-        )
+
+def parts(layer: LoraLinear, name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The modules A, B and dropout of an adapter."""
+    modules: dict[str, Any] = layer._modules
+    return modules["lora_A"]._modules[name], modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
+
+
+def tensor(module: nn.Module, name: str) -> Any:
+    """`module.weight` and the like, from where it usually is."""
+    # FSDP1 and DataParallel put a tensor in the place of the parameter
+    return module._parameters[name] if name in module._parameters else getattr(module, name)
 
 
 def uncovered_base(base: nn.Module) -> str:
     """Why the operator cannot stand for this base layer, or "" if it can."""
-    if type(base) not in (nn.Linear, Conv1D):
-        return f"the base layer is {_class_name(base)}"
-    weight = cast("Tensor", base.weight)
-    if weight.dtype not in _DTYPES or is_traceable_wrapper_subclass(weight):
+    if type(base) is not nn.Linear and type(base) is not Conv1D:
+        return f"the base layer is {class_name(base)}"
+    weight = tensor(base, "weight")
+    if weight.dtype not in _DTYPES or _is_wrapped(weight):
         return f"the base weight is a {type(weight).__name__} of {weight.dtype}"
-    if getattr(base, "_hf_tp_plan", None) is not None:
+    if base.__dict__.get("_hf_tp_plan") is not None:
         return "the base layer is tensor parallel"
-    if _is_hooked(base):
+    if is_hooked(base):
         return "the base layer has hooks or a replaced forward"
     return ""
 
 
 def uncovered_adapter(layer: LoraLinear, name: str) -> str:
     """Why the operator cannot stand for this adapter of the layer, or "" if it can."""
-    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    a, b, dropout = parts(layer, name)
     if name in layer.lora_variant:
         return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
     if type(a) is not nn.Linear or type(b) is not nn.Linear or layer.lora_bias.get(name):
         return f"adapter {name!r} has a bias (lora_bias=True) or is not made of nn.Linear"
-    if type(dropout) not in (nn.Identity, nn.Dropout) or getattr(dropout, "p", 0.0) >= 1.0:
+    if type(dropout) is nn.Dropout:
+        if dropout.p >= 1.0:
+            return f"adapter {name!r} has the dropout {dropout}"
+    elif type(dropout) is not nn.Identity:
         return f"adapter {name!r} has the dropout {dropout}"
-    if _is_hooked(a) or _is_hooked(b) or _is_hooked(dropout):
+    if _is_wrapped(tensor(a, "weight")) or _is_wrapped(tensor(b, "weight")):
+        return f"adapter {name!r} holds a {type(tensor(a, 'weight')).__name__}"
+    if type(layer.scaling[name]) not in (float, int):
+        return f"adapter {name!r} has a {type(layer.scaling[name]).__name__} as its scale"
+    if is_hooked(a) or is_hooked(b) or is_hooked(dropout):
         return f"adapter {name!r} has hooks or a replaced forward"
     return ""
 
 
 def create_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
-    """PEFT's custom-module factory: a `FusedLinear`, or None to let PEFT's next dispatcher take the module."""
+    """PEFT's custom-module factory: a `FusedLoraLinear`, or None to let PEFT's next dispatcher take the module."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if uncovered_base(base) or isinstance(target, BaseTunerLayer):
         return None
     layer = dispatch_default(target, adapter_name, config=config, **kwargs)
     if type(layer) is LoraLinear and not uncovered_adapter(layer, adapter_name):
-        layer.__class__ = FusedLinear
+        layer.__class__ = FusedLoraLinear
     return layer
 
 
-@dataclass(frozen=True)
-class FuseReport:
-    """What `fuse` found: print it."""
-
-    fused: int
-    """LoRA layers that now run the operator."""
-    total: int
-    """LoRA layers of the model."""
-    left: dict[str, str]
-    """Module name to the reason why it stays PEFT's own layer."""
-
-    def __str__(self) -> str:
-        by_reason = dict[str, list[str]]()
-        for name, reason in self.left.items():
-            by_reason.setdefault(reason, []).append(name)
-        lines = [f"{len(names)} left to PEFT ({names[0]}, …): {reason}" for reason, names in by_reason.items()]
-        return "; ".join([f"fused: {self.fused}/{self.total} layers", *lines])
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module is more, or something else, than its class's forward."""
+    state = module.__dict__
+    return bool(
+        "forward" in state
+        or state["_forward_pre_hooks"]
+        or state["_forward_hooks"]
+        or state["_backward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state.get("_compiled_call_impl")
+    )
 
 
-def fuse(model: nn.Module) -> FuseReport:
-    """Let every plain LoRA layer of a loaded PEFT model run the fused operator, in place.
-
-    Parameters, keys and results stay (up to float rounding); only the class of the layers changes. Layers that the
-    operator does not cover are left alone and reported.
-
-    Raises:
-        ValueError: the model has no LoRA layer.
-    """
-    fused, left = 0, dict[str, str]()
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        reason = _why_not(cast("nn.Module", layer))
-        if reason:
-            left[name] = reason
-        else:
-            layer.__class__ = FusedLinear
-            fused += 1
-    if not fused and not left:
-        raise ValueError(f"fuse found no LoRA layer in {type(model).__name__}; add or load a LoRA adapter first.")
-    return FuseReport(fused, fused + len(left), left)
-
-
-def _why_not(layer: nn.Module) -> str:
-    if type(layer) is not LoraLinear and not isinstance(layer, FusedLinear):
-        return f"it is PEFT's {_class_name(layer)}"
-    reasons = [uncovered_adapter(layer, name) for name in layer.lora_A]
-    return uncovered_base(layer.base_layer) or (reasons[0] if reasons and all(reasons) else "")
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    state = module.__dict__  # nn.Module.__getattr__ is slow, and this runs in every forward
-    return "forward" in state or any(state[hooks] for hooks in _HOOKS)
-
-
-def _class_name(module: nn.Module) -> str:
+def class_name(module: nn.Module) -> str:
+    """peft's Embedding, torch's Linear, …"""
     return f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
+
+
+def _is_wrapped(weight: Tensor) -> bool:
+    """Whether the weight is a distributed, quantised or other tensor that only looks like a plain one."""
+    return type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight)

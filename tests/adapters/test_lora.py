@@ -14,35 +14,17 @@ from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import Linear as LoraLinear
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.lora_cpu import BYTES_GATE, bytes_rows
 from petune import FusedLoraConfig, fuse
-from petune.adapters.lora import FusedLinear
+from petune.adapters.lora import FusedLoraLinear
+from petune.adapters.lora import layer as layer_module
+from petune.kernels.lora_linear import lora_linear
+from tests.adapters.lora_models import BERT, GPT2, LLAMA, adapted, layers, output, pair, with_two
 from tests.conftest import relative_error
 from tests.families import FAMILIES
-
-BERT, GPT2, LLAMA = FAMILIES["bert"], FAMILIES["gpt2"], FAMILIES["llama"]
-
-
-def adapted(config_cls, family=BERT, head="none", dtype=torch.float32, seed=1, **fields):
-    """A fresh adapted model whose A and B are random, equal for equal seeds whatever the config class."""
-    fields = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | fields
-    base = family.build(head=head).to(dtype)
-    torch.manual_seed(seed)
-    return get_peft_model(base, config_cls(**fields))
-
-
-def pair(**fields):
-    return adapted(FusedLoraConfig, **fields), adapted(LoraConfig, **fields)
-
-
-def output(model, family=BERT, **kwargs):
-    return model(**family.inputs(), **kwargs)[0]
-
-
-def layers(model, kind=LoraLinear):
-    return [module for module in model.modules() if isinstance(module, kind)]
 
 
 def losses_of_training(model, steps=50):
@@ -66,7 +48,7 @@ def losses_of_training(model, steps=50):
 )
 def test_forward_and_gradients_equal_pefts(family, options):
     ours, theirs = pair(family=family, dtype=torch.float64, **options)  # depth would amplify fp32 rounding
-    assert all(type(layer) is FusedLinear for layer in layers(ours))
+    assert all(type(layer) is FusedLoraLinear for layer in layers(ours))
     out, reference = output(ours, family), output(theirs, family)
     assert relative_error(out, reference) <= 1e-12
     direction = torch.randn_like(out)
@@ -173,10 +155,10 @@ def test_our_layers_read_pefts_checkpoint(tmp_path):
     theirs = adapted(LoraConfig).eval()
     theirs.save_pretrained(tmp_path)
     fused = PeftModel.from_pretrained(BERT.build(), tmp_path)
-    assert str(fuse(fused)) == "fused: 13/13 layers"
+    assert str(fuse(fused)) == "fused: 13/13 layers, 2 groups"
     adapter = PeftModel.from_pretrained(BERT.build(), tmp_path, config=FusedLoraConfig(r=4))
     for model in (fused, adapter):
-        assert all(type(layer) is FusedLinear for layer in layers(model))
+        assert all(type(layer) is FusedLoraLinear for layer in layers(model))
         assert relative_error(output(model.eval()), output(theirs)) <= 1e-6
 
 
@@ -186,7 +168,7 @@ def test_config_and_model_survive_copy_pickle_and_asdict():
     for twin in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), replace(config, r=4)):
         assert asdict(twin) == asdict(config)
         model = get_peft_model(BERT.build(), twin)
-        assert all(type(layer) is FusedLinear for layer in layers(model))
+        assert all(type(layer) is FusedLoraLinear for layer in layers(model))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(output(twin.eval()), output(model.eval()))
 
@@ -194,19 +176,10 @@ def test_config_and_model_survive_copy_pickle_and_asdict():
 def test_transformers_add_adapter_gets_fused_layers():
     model = BERT.build()
     model.add_adapter(FusedLoraConfig(r=4))
-    assert {type(layer) for layer in layers(model)} == {FusedLinear}
+    assert {type(layer) for layer in layers(model)} == {FusedLoraLinear}
 
 
 # --- several adapters ----------------------------------------------------------------------------------------------
-
-
-def with_two(config_cls, **fields):
-    model = adapted(config_cls, **fields)
-    torch.manual_seed(2)
-    model.add_adapter(
-        "other", config_cls(**({"r": 3, "target_modules": ["query"], "init_lora_weights": False} | fields))
-    )
-    return model
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -254,7 +227,7 @@ UNCOVERED = {
 def test_what_the_operator_does_not_cover_stays_pefts_own_layer(case):
     options, reason = UNCOVERED[case]
     ours, theirs = pair(**options)
-    assert not layers(ours, FusedLinear)
+    assert not layers(ours, FusedLoraLinear)
     assert relative_error(output(ours.eval()), output(theirs.eval())) == 0.0
     report = fuse(theirs)
     assert (report.fused, report.total) == (0, len(report.left))
@@ -267,7 +240,7 @@ def test_subclasses_of_linear_are_left_to_pefts_dispatchers():
 
     model = nn.Sequential(QuantisedLinear(5, 7), nn.Linear(7, 3))
     model = get_peft_model(model, FusedLoraConfig(target_modules=["0", "1"]))
-    assert [type(layer) for layer in layers(model)] == [LoraLinear, FusedLinear]
+    assert [type(layer) for layer in layers(model)] == [LoraLinear, FusedLoraLinear]
     report = fuse(model)
     assert (report.fused, report.total) == (1, 2)
     assert "QuantisedLinear" in report.left["base_model.model.0"]
@@ -284,6 +257,76 @@ def test_hooks_on_the_wrapped_modules_still_run(where):
         module.register_forward_hook(lambda *_: calls.append(1))
     output(model)
     assert calls == [1]
+
+
+def test_global_hooks_run_in_pefts_own_forward():
+    model, calls = adapted(FusedLoraConfig, target_modules=["query"]), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(module))
+    try:
+        output(model)
+    finally:
+        handle.remove()
+    assert layers(model)[0].lora_A["default"] in calls
+
+
+def test_a_compiled_base_layer_runs():
+    ours, theirs = pair(target_modules=["query"])
+    base, calls = layers(ours)[0].base_layer, []
+    base._compiled_call_impl = lambda *args: calls.append(1) or base._call_impl(*args)  # what base.compile() sets
+    assert relative_error(output(ours), output(theirs)) <= 1e-6
+    assert calls == [1]
+
+
+@pytest.fixture
+def operator_calls(monkeypatch):
+    calls = []
+
+    def spy(*args):
+        calls.append(args)
+        return lora_linear(*args)
+
+    monkeypatch.setattr(layer_module, "lora_linear", spy)
+    return calls
+
+
+@pytest.mark.parametrize("where", ["scale", "base", "lora_A", "lora_B", "x"])
+def test_tensors_that_the_operator_cannot_read_go_to_pefts_forward(where, operator_calls):
+    model = get_peft_model(nn.Sequential(nn.Linear(5, 7)), FusedLoraConfig(r=2, target_modules=["0"]))
+    layer, x = layers(model)[0], torch.randn(3, 5)
+    expected = model(x)
+    assert len(operator_calls) == 1
+
+    def twice(t):  # stands for distributed and quantised tensors
+        return TwoTensor(t.detach(), t.detach().clone())
+
+    if where == "scale":  # what peft.utils.hotswap makes of it
+        layer.scaling["default"] = torch.tensor(layer.scaling["default"])
+    elif where == "x":
+        x = twice(x)
+    else:
+        module = layer.base_layer if where == "base" else getattr(layer, where)["default"]
+        module.weight = nn.Parameter(twice(module.weight))
+    out = model(x)
+    assert relative_error(getattr(out, "a", out), expected) <= 1e-6
+    assert len(operator_calls) == 1
+    if where != "x":
+        assert fuse(model).fused == 0
+
+
+def test_a_tensor_in_the_place_of_the_parameter_is_read(operator_calls):
+    ours, theirs = (
+        get_peft_model(nn.Sequential(nn.Linear(5, 7)), cls(r=2, target_modules=["0"], init_lora_weights=False))
+        for cls in (FusedLoraConfig, LoraConfig)
+    )
+    ours.load_state_dict(theirs.state_dict())
+    layer = layers(ours)[0]
+    for module in (layer.base_layer, layer.lora_A["default"]):  # as FSDP1 and DataParallel do
+        weight = module.weight.detach()
+        del module._parameters["weight"]
+        module.weight = weight
+    x = torch.randn(3, 5)
+    assert relative_error(ours(x), theirs(x)) <= 1e-6
+    assert len(operator_calls) == 1
 
 
 def test_input_of_another_dtype_behaves_as_in_peft():

@@ -1,26 +1,18 @@
 """`lora_linear`: shape checks, the two registered ops, and the autograd.Function around them."""
 
-import importlib
-import logging
-import os
-from functools import cache
-from importlib.util import find_spec
-from inspect import signature
 from math import prod
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from petune.kernels.autograd import first_order_only, product_dtype
+from petune.kernels.checks import check_dropout, described, projection_fault
+from petune.kernels.dispatch import Dispatcher
 from petune.kernels.lora_linear import reference
 
-logger = logging.getLogger(__name__)
-
-_KERNEL = "petune.kernels.lora_linear.kernel"
-_MODES = ("auto", "reference", "triton")
-
+_DISPATCHER = Dispatcher("lora_linear", reference)
 _LIBRARY = torch.library.Library("petune", "FRAGMENT")
 _LIBRARY.define(
     "lora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, float dropout_p, "
@@ -56,43 +48,23 @@ def lora_linear(
     Raises:
         ValueError: shapes or dtypes disagree, or dropout_p is out of range.
     """
-    # autocast leaves float64 alone and does not know the meta device
-    cast = x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
-    _check(x, weight, bias, a, b, dropout_p, cast)
+    dtype, cast = product_dtype(x)
+    check_dropout("lora_linear", dropout_p)
+    if fault := projection_fault(x, weight, bias, a, b, cast):
+        named = {"x": x, "weight": weight, "bias": bias, "a": a, "b": b}
+        raise ValueError(f"lora_linear: {described(named)} {fault}")
+    if torch._C._are_functorch_transforms_active():  # torch.func differentiates no autograd.Function of this form
+        return reference.differentiable(x, weight, bias, a, b, scale, dropout_p, dtype)
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p > 0.0 else None
-    return _LoraLinear.apply(x, weight, bias, a, b, scale, dropout_p, seed, dtype)[0]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dropout_p: float, cast: bool) -> None:
-    fits = (
-        x.dim() > 0
-        and weight.dim() == a.dim() == b.dim() == 2
-        and x.shape[-1] == weight.shape[1] == a.shape[1]
-        and b.shape[0] == weight.shape[0]
-        and b.shape[1] == a.shape[0]
-        and (bias is None or bias.shape == weight.shape[:1])
-    )
-    if not fits:
-        raise ValueError(
-            f"lora_linear: x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias "
-            f"{None if bias is None else tuple(bias.shape)}, a {tuple(a.shape)} and b {tuple(b.shape)} do not fit; "
-            "pass [..., in_features], [out_features, in_features], [out_features], [rank, in_features] and "
-            "[out_features, rank]."
-        )
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"lora_linear: dropout_p={dropout_p} is not in [0, 1); use 0.0 for no dropout.")
-    if not cast and (weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype)):
-        raise ValueError(
-            f"lora_linear: x is {x.dtype} and weight {weight.dtype}; cast x to the weight's dtype or use autocast."
-        )
+    return _LoraLinear.apply(x, weight, bias, a, b, scale, dropout_p, seed, dtype)  # pyright: ignore[reportReturnType]
 
 
 class _LoraLinear(torch.autograd.Function):
     """Two opaque ops with a gradient: eager calls go through here, torch.library's own autograd costs more a call."""
 
     @staticmethod
-    def forward(  # every argument by name: Dynamo cannot trace *inputs under no_grad
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -102,32 +74,28 @@ class _LoraLinear(torch.autograd.Function):
         dropout_p: float,
         seed: Tensor | None,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        return torch.ops.petune.lora_linear_forward(x, weight, bias, a, b, scale, dropout_p, seed, dtype)
+    ) -> Tensor:  # every argument by name: Dynamo cannot trace *inputs under no_grad
+        y, s = _FORWARD(x, weight, bias, a, b, scale, dropout_p, seed, dtype)
+        _keep_for_backward(ctx, (x, weight, bias, a, b, scale, dropout_p, seed, dtype), s)
+        return y
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, a, b, ctx.scale, ctx.dropout_p, seed, _ = inputs
-        _, needs_weight, _, needs_a, needs_b = ctx.needs_input_grad[:5]
-        keeps_x = needs_a or needs_weight
-        # s = drop(x) Aᵀ again costs a hundredth of the step on a CPU, and one more pass over x on a GPU
-        keeps_s = needs_b and (x.is_cuda or not keeps_x)
-        ctx.save_for_backward(x if keeps_x else None, output[1] if keeps_s else None, weight, a, b, seed)
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
             return _gradients(ctx, dy)
         with torch.no_grad():
             gradients = _gradients(ctx, dy)
-        origins = (dy, *ctx.saved_tensors)
-        return tuple(None if g is None else _FirstOrderOnly.apply(g, *origins) for g in gradients)
+        return first_order_only("lora_linear", gradients, (dy, *ctx.saved_tensors))
 
 
-# Function.apply binds the arguments to forward's signature: reading a ready one saves 5 µs of a call's 33
-_LoraLinear.forward.__signature__ = signature(_LoraLinear.forward)  # pyright: ignore[reportFunctionMemberAccess]
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], s: Tensor) -> None:
+    x, weight, _, a, b, ctx.scale, ctx.dropout_p, seed, _ = inputs
+    _, needs_weight, _, needs_a, needs_b = ctx.needs_input_grad[:5]
+    keeps_x = needs_a or needs_weight
+    # s = drop(x) Aᵀ again costs a hundredth of the step on a CPU, and one more pass over x on a GPU
+    keeps_s = needs_b and (x.is_cuda or not keeps_x)
+    ctx.save_for_backward(x if keeps_x else None, s if keeps_s else None, weight, a, b, seed)
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -136,7 +104,7 @@ def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     x, s, weight, a, b, seed = ctx.saved_tensors
     needs_dx, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
     needs = [needs_dx, needs_a, needs_b]
-    dx, da, db = torch.ops.petune.lora_linear_backward(dy, x, s, weight, a, b, ctx.scale, ctx.dropout_p, seed, needs)
+    dx, da, db = _BACKWARD(dy, x, s, weight, a, b, ctx.scale, ctx.dropout_p, seed, needs)
     dweight = dbias = None
     if needs_weight or needs_bias:  # a trainable base is not what LoRA is for: plain torch, outside of the op
         rows = dy.reshape(-1, dy.shape[-1])
@@ -146,68 +114,16 @@ def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     return (dx if needs_dx else None, dweight, dbias, *adapters, None, None, None, None)
 
 
-class _FirstOrderOnly(torch.autograd.Function):
-    """The identity on a gradient, with an error as its gradient: else a second derivative would be lost unseen."""
-
-    @staticmethod
-    def forward(gradient: Tensor, *_: Tensor | None) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(
-            "lora_linear was asked for a second derivative and has only a first one; for gradient penalties and the "
-            "like use peft.LoraConfig, whose layers are made of plain torch operators."
-        )
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
+    scale: float, dropout_p: float, seed: Tensor | None, dtype: torch.dtype,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    args = (x, weight, bias, a, b, scale, dropout_p, seed, dtype)
+    return _DISPATCHER.run("forward", args, dtype=dtype, rank=a.shape[0])
 
 
-def _implementation(x: Tensor, *args: Any) -> ModuleType:
-    """The module whose forward and backward run: Triton's where it covers the case, else the reference."""
-    mode = os.environ.get("PETUNE_KERNELS", "auto")
-    if mode not in _MODES:
-        raise ValueError(f"PETUNE_KERNELS={mode!r} is not one of {', '.join(_MODES)}; unset it for auto.")
-    if mode == "reference" or (mode == "auto" and not x.is_cuda):
-        return reference
-    kernel = _kernel()
-    reason = "petune has no Triton kernel for lora_linear yet" if kernel is None else kernel.unsupported(x, *args)
-    if kernel is not None and reason is None:
-        return kernel
-    if mode == "triton":
-        raise RuntimeError(f"PETUNE_KERNELS=triton, but {reason}; unset it or set it to reference.")
-    _log_once(reason)
-    return reference
-
-
-@cache
-def _kernel() -> ModuleType | None:
-    # imported on the first CUDA call: a machine without a GPU never loads triton
-    return importlib.import_module(_KERNEL) if find_spec(_KERNEL) and find_spec("triton") else None
-
-
-@cache
-def _log_once(reason: str) -> None:
-    logger.warning("lora_linear runs its plain torch reference: %s", reason)
-
-
-def _run(direction: str, *args: Any) -> tuple[Tensor, ...]:
-    function = getattr(_implementation(*args), direction)
-    device = args[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return function(*args)
-    with torch.autocast(device, enabled=False):  # the op has cast by `dtype` already, its fp32 sums stay fp32
-        return function(*args)
-
-
-def _forward(*args: Any) -> tuple[Tensor, ...]:
-    return _run("forward", *args)
-
-
-def _backward(*args: Any) -> tuple[Tensor, ...]:
-    return _run("backward", *args)
+def _backward(dy: Tensor, x: Any, s: Any, weight: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _DISPATCHER.run("backward", (dy, x, s, weight, a, *rest), dtype=dy.dtype, rank=a.shape[0])
 
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -221,22 +137,6 @@ def _fake_backward(dy: Tensor, x: Any, s: Any, weight: Tensor, a: Tensor, b: Ten
         like.new_empty(shape if needed else 0)
         for like, shape, needed in zip((dy, a, b), shapes, rest[-1], strict=True)
     )
-
-
-def _register() -> None:
-    ops = torch.ops.petune
-    _LIBRARY.impl("lora_linear_forward", _forward, "CompositeExplicitAutograd")
-    _LIBRARY.impl("lora_linear_backward", _backward, "CompositeExplicitAutograd")
-    torch.library.register_fake("petune::lora_linear_forward", _fake_forward, lib=_LIBRARY)
-    torch.library.register_fake("petune::lora_linear_backward", _fake_backward, lib=_LIBRARY)
-    torch.library.register_autograd(
-        "petune::lora_linear_forward",
-        _LoraLinear.backward,
-        setup_context=lambda ctx, inputs, output: _LoraLinear.setup_context(ctx, inputs, output),
-        lib=_LIBRARY,
-    )
-    register_flop_formula(ops.lora_linear_forward)(_forward_flops)
-    register_flop_formula(ops.lora_linear_backward)(_backward_flops)
 
 
 def _forward_flops(x: Any, weight: Any, bias: Any, a: Any, *_: Any, **__: Any) -> int:
@@ -253,4 +153,17 @@ def _backward_flops(dy: Any, x: Any, s: Any, weight: Any, a: Any, b: Any, *rest:
     return 2 * prod(dy[:-1]) * (rank * skinny + needs_dx * out_features * in_features)
 
 
-_register()
+_LIBRARY.impl("lora_linear_forward", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("lora_linear_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("petune::lora_linear_forward", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("petune::lora_linear_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd(
+    "petune::lora_linear_forward",
+    _LoraLinear.backward,
+    setup_context=lambda ctx, inputs, output: _keep_for_backward(ctx, inputs, output[1]),
+    lib=_LIBRARY,
+)
+_FORWARD = torch.ops.petune.lora_linear_forward.default
+_BACKWARD = torch.ops.petune.lora_linear_backward.default
+register_flop_formula(torch.ops.petune.lora_linear_forward)(_forward_flops)
+register_flop_formula(torch.ops.petune.lora_linear_backward)(_backward_flops)

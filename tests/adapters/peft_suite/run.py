@@ -52,9 +52,9 @@ NOT_APPLICABLE = {
 }
 
 BY_DESIGN = {
-    "TestLayerRepr::test_repr_lora_linear": "our layer prints as lora.FusedLinear",
-    "TestLayerRepr::test_repr_lora_conv1d": "our layer prints as lora.FusedLinear",
-    "TestLoraInitialization::test_modules_to_save_targets_lora_layer_raises": "the message says FusedLinear",
+    "TestLayerRepr::test_repr_lora_linear": "our layer prints as lora.FusedLoraLinear",
+    "TestLayerRepr::test_repr_lora_conv1d": "our layer prints as lora.FusedLoraLinear",
+    "TestLoraInitialization::test_modules_to_save_targets_lora_layer_raises": "the message says FusedLoraLinear",
     "TestDefaultTargetModules::test_default_target_modules_not_set_raises": "without targets: all linear layers",
     "TestDefaultTargetModules::test_default_target_modules_not_set_model_type_set_raises": "the same",
     "TestDefaultTargetModules::test_default_target_modules_list_of_str": "the same; PEFT's table is not asked",

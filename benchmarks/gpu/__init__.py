@@ -1,0 +1,1 @@
+"""What the GPU benchmarks share; imported by the scripts one folder up."""

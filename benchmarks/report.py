@@ -1,0 +1,179 @@
+"""Writes the tables of benchmarks/README.md from the committed JSON: run it after a benchmark has written a result.
+
+python benchmarks/report.py
+"""
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.gpu import reach
+
+HERE = Path(__file__).parent
+UNMEASURED = "not measured yet"
+LINEAR_COLUMNS = ("E1", "E3", "compile(E3)", "unsloth", "ours-fp32", "ours", "ours-grouped")
+STEP_COLUMNS = ("ms a step", "tokens/s", "peak MiB", "loss")
+
+
+def render(results: Path) -> dict[str, str]:
+    """Section name to Markdown, for all sections between markers in the README."""
+    gpus = [folder for folder in sorted(results.iterdir()) if folder.is_dir()]
+    return {
+        "lora_cpu": lora_cpu(_read(results / "lora_cpu.json")),
+        "demo": demo(_read(results / "demo.json")),
+        "lora_linear": _per_gpu(gpus, "lora_linear", reach.linear_cells([]), linear_table),
+        "lora_step": _per_gpu(gpus, "lora_step", reach.step_cells([]), step_table),
+    }
+
+
+def fill(text: str, sections: Mapping[str, str]) -> str:
+    """The README with each section between its markers.
+
+    Raises:
+        ValueError: the text has no pair of markers for a section.
+    """
+    for name, section in sections.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"README: section {name} has no place; add <!-- {name} --> and <!-- /{name} -->.")
+        text = pattern.sub(lambda match, section=section: f"{match[1]}{section}\n{match[2]}", text)
+    return text
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def lora_cpu(result: Mapping[str, Any]) -> str:
+    """Time, bytes and error of fused LoRA over PEFT's, each with the limit that the script checks."""
+    gates, hardware = result["gates"], result["hardware"]
+    kept = {name: gate for name, gate in gates.items() if name.startswith("bytes")}
+    rows = [(name, _gate(gate)) for name, gate in gates.items() if name not in kept]
+    models = dict.fromkeys(name.removeprefix("bytes ").split(", to ")[0] for name in kept)
+    memory = [(m, _gate(kept[f"bytes {m}, to PEFT"]), _gate(kept[f"bytes {m}, to full"])) for m in models]
+    spread = [
+        (
+            row["shape"],
+            row["dtype"],
+            f"{row['dropout']:g}",
+            f"{row['ratio']:.2f} ({row['ratio_min']:.2f}..{row['ratio_max']:.2f})",
+            f"{row['ours_ms']:.0f}",
+            f"{row['peft_ms']:.0f}",
+        )
+        for row in result["time"]
+    ]
+    place = f"{hardware['cpu']}, {hardware['threads']} threads, {hardware['capability']}; {_versions(result)}."
+    return "\n\n".join(
+        (
+            place,
+            table(("ours / PEFT", "value"), rows),
+            table(("bytes kept", "ours / PEFT", "ours / full fine-tuning"), memory),
+            table(("MLP", "dtype", "dropout", "time ratio (seeds)", "ours ms", "PEFT ms"), spread),
+        )
+    )
+
+
+def demo(result: Mapping[str, Any]) -> str:
+    """Score of each row of both tasks: mean and range over the seeds."""
+    parts: list[str] = []
+    for task, score in (("retrieval", "R@1"), ("vision", "accuracy")):
+        runs = result[task]
+        rows: list[tuple[str, ...]] = []
+        for index, row in enumerate(runs[0]["rows"]):
+            scores = [run["rows"][index]["scores"][score] for run in runs]
+            rows.append(
+                (
+                    row["name"],
+                    f"{statistics.mean(scores):.3f}",
+                    f"{min(scores):.3f}..{max(scores):.3f}",
+                    f"{row['trainable_parameters']:,}",
+                )
+            )
+        parts.append(f"{runs[0]['title']} ({len(runs)} seeds)")
+        parts.append(table((task, score, "seeds", "trained parameters"), rows))
+    return "\n\n".join(parts)
+
+
+def linear_table(content: Mapping[str, Any]) -> str:
+    """Time over the frozen floor of every row, from CUDA graphs."""
+    lines: list[tuple[str, ...]] = []
+    for row in content["rows"]:
+        quantity = "both" if row["backward"] else "forward"
+        floor = reach.median_us(row, "floor", quantity)
+        times = [reach.median_us(row, side, quantity) for side in LINEAR_COLUMNS]
+        ratios = [f"{us / floor:.2f}" if us and floor else "" for us in times]
+        lines.append((row["label"], f"{floor:.0f}" if floor else "", *ratios))
+    return table(("row, time / floor", "floor µs", *LINEAR_COLUMNS), lines)
+
+
+def step_table(content: Mapping[str, Any]) -> str:
+    lines: list[tuple[str, ...]] = []
+    for row in content["rows"]:
+        for name, side in row["sides"].items():
+            values = ("", "", "", side.get("missing", "failed"))
+            if "step" in side:
+                values = (
+                    f"{side['step']['median_us'] / 1e3:.1f}",
+                    f"{side['tokens_per_s']:.0f}",
+                    f"{side['peak_mib']:.0f}",
+                    f"{side['loss']:.4f}",
+                )
+            lines.append((row["name"], name, *values))
+    return table(("model", "side", *STEP_COLUMNS), lines)
+
+
+def cells_table(cells: Sequence[Mapping[str, Any]]) -> str:
+    """What is to be reached, one row a goal and one column a peer."""
+    peers = dict.fromkeys(cell["peer"] for cell in cells)
+    rows: dict[str, dict[str, str]] = {}
+    for cell in cells:
+        limit = f"{'>=' if cell['at_least'] else '<='} {cell['limit']:g}"
+        value = UNMEASURED if cell["value"] is None else f"{cell['value']:.2f}"
+        verdict = "" if cell["value"] is None else f", {cell['verdict']}"
+        rows.setdefault(cell["what"], {})[cell["peer"]] = f"{value} ({limit}{verdict})"
+    return table(("ours over", *peers), [(what, *(row.get(peer, "") for peer in peers)) for what, row in rows.items()])
+
+
+def _gate(gate: Mapping[str, Any]) -> str:
+    return f"{gate['value']:.3g} ({'<=' if gate['passed'] else 'MISS, <='} {gate['limit']:g})"
+
+
+def _per_gpu(gpus: Sequence[Path], name: str, unmeasured: Sequence[Mapping[str, Any]], detail: Any) -> str:
+    parts: list[str] = []
+    for file in (folder / f"{name}.json" for folder in gpus):
+        if not file.exists():
+            continue
+        content = _read(file)
+        if content["smoke"]:
+            raise ValueError(f"{file} is from a smoke run, which measures nothing; delete it.")
+        place = content["environment"]
+        parts.append(f"{place['device']}, commit {place['commit']}; {_versions(place)}.")
+        if not content["complete"]:
+            parts.append("This run was cut short.")
+        parts += [cells_table(content.get("reach", unmeasured)), detail(content)]
+        parts += [f"- {left['what']}: {UNMEASURED} ({left['why']})" for left in content["left_out"]]
+    return "\n\n".join(parts or [cells_table(unmeasured)])
+
+
+def _versions(result: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
+
+
+def main() -> None:
+    readme = HERE / "README.md"
+    readme.write_text(fill(readme.read_text(), render(HERE / "results")))
+
+
+if __name__ == "__main__":
+    main()

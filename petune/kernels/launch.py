@@ -1,0 +1,45 @@
+"""What the Triton kernels share: how a rank is padded, how dtypes multiply, the dropout mask in registers.
+
+Only other Triton modules import this one: it loads triton.
+"""
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false
+# a @triton.jit function takes tensors and plain integers where Triton's stubs ask for its own types
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_RANK = 256  # a padded rank lives in registers: [64, 256] in fp32 is what eight warps hold without spilling
+
+# The interpreter multiplies the bit patterns of bf16 as integers: under it every kernel computes in fp32 instead
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def padded_rank(rank: int) -> int:
+    """The block that holds a rank: a power of two, 16 at least, which is the shortest axis that tl.dot takes."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def upcasts(dtype: torch.dtype) -> bool:
+    """Whether kernels must cast what they load to fp32 before they compute with it."""
+    return INTERPRETED and dtype == torch.bfloat16
+
+
+def precision(dtype: torch.dtype) -> str:
+    """tl.dot's input_precision: fp32 stays fp32 unless torch's own products may use TF32; 16-bit dtypes ignore it."""
+    fast = dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if fast else "ieee"
+
+
+@triton.jit
+def keep_tile(seed, threshold, first_token, first_feature, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
+    """The keep mask of `petune.kernels.dropout.philox_lanes`, [BLOCK_T, BLOCK_F]; first_feature is a multiple of 8.
+
+    16 bits an element: 14 instructions each, where a Philox call an element would take 59 and bind the kernel.
+    """
+    groups = first_feature // 8 + tl.arange(0, BLOCK_F // 8)
+    tokens = first_token + tl.arange(0, BLOCK_T)
+    w0, w1, w2, w3 = tl.philox(seed, groups[None, :], tokens[:, None], 0, 0, n_rounds=7)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_T, BLOCK_F // 2)
+    lanes = tl.join(words & 0xFFFF, words >> 16).reshape(BLOCK_T, BLOCK_F)
+    return lanes.to(tl.int32) >= threshold

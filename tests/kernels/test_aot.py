@@ -1,0 +1,227 @@
+"""Every variant of every kernel compiles for the GPUs it is meant for, and into what was meant.
+
+The interpreter knows no registers, no shared memory and no TF32; the compiler does, on any machine.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+import petune.kernels
+from petune.kernels.chooser import Config
+from petune.kernels.dropout import Mask
+from petune.kernels.gated_lora import gate
+from petune.kernels.lora_linear import gemm, skinny
+from tests.kernels import aot
+from tests.kernels.aot import Build
+
+SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448}  # what one block may have: A100, H100, B200
+WITHOUT_PRODUCTS = {"_sum_kernel", "_gate_forward_kernel", "_gate_backward_kernel"}
+TOKENS, IN, OUT = 8192, 4096, 1024
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SCALE = 2.0
+
+Launches = dict[str, Callable[[], object]]
+
+
+@pytest.fixture
+def builds_of(tmp_path, monkeypatch, cache):
+    """`builds_of(call, arch)`; what the compiler found is kept between runs, what it wrote is not: it is 100 MB."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return partial(aot.builds_of, known=cache)
+
+
+def of(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+MASK = Mask(of(1, dtype=torch.int64), 3277)
+
+
+# --- what is launched ----------------------------------------------------------------------------------------------
+# The adapters are fp32 where there is a mask, as PEFT keeps them, and of the dtype of x elsewhere. A few tokens make the
+# kernels write partial sums, and odd sizes leave nothing aligned.
+
+
+def of_shrink(dtype: torch.dtype, rank: int, config: Config | None) -> Launches:
+    x, few, odd = of(TOKENS, IN, dtype=dtype), of(16, IN, dtype=dtype), of(777, 333, dtype=dtype)
+    return {
+        "masked": lambda: skinny.shrink(x, of(rank, IN, dtype=FP32), mask=MASK, config=config),
+        "split": lambda: skinny.shrink(few, of(rank, IN, dtype=dtype), config=config),
+        "odd": lambda: skinny.shrink(odd, of(rank - 1, 333, dtype=dtype), mask=MASK, config=config),
+    }
+
+
+def of_dual(dtype: torch.dtype, rank: int, config: Config | None) -> Launches:
+    dy, s, odd = of(TOKENS, OUT, dtype=dtype), of(TOKENS, rank, dtype=dtype), of(777, 333, dtype=dtype)
+    odd_s, odd_b = of(777, rank - 1, dtype=dtype), of(333, rank - 1, dtype=dtype)
+    return {
+        "fp32 b": lambda: skinny.dual(dy, s, of(OUT, rank, dtype=FP32), scale=SCALE, config=config),
+        "odd": lambda: skinny.dual(odd, odd_s, odd_b, scale=SCALE, config=config),
+    }
+
+
+def of_outer(dtype: torch.dtype, rank: int, config: Config | None) -> Launches:
+    x, ds, odd = of(TOKENS, IN, dtype=dtype), of(TOKENS, rank, dtype=dtype), of(777, 333, dtype=dtype)
+    return {
+        "masked": lambda: skinny.outer(x, ds, dtype=FP32, mask=MASK, config=config),
+        "plain": lambda: skinny.outer(x, ds, dtype=dtype, config=config),
+        "odd": lambda: skinny.outer(odd, of(777, rank - 1, dtype=dtype), dtype=FP32, mask=MASK, config=config),
+    }
+
+
+def of_expand(dtype: torch.dtype, rank: int, config: Config | None) -> Launches:
+    s, b, bias = of(TOKENS, rank, dtype=dtype), of(OUT, rank, dtype=dtype), of(OUT, dtype=dtype)
+    y, odd, odd_b = of(TOKENS, OUT, dtype=dtype), of(777, rank - 1, dtype=dtype), of(333, rank - 1, dtype=FP32)
+    return {
+        "masked": lambda: skinny.expand(s, b.to(FP32), mask=MASK, config=config),
+        "bias": lambda: skinny.expand(s, b, scale=SCALE, bias=bias, config=config),
+        "accumulate": lambda: skinny.expand(s, b, out=y, accumulate=True, config=config),
+        "odd": lambda: skinny.expand(odd, odd_b, mask=MASK, config=config),
+    }
+
+
+def of_gemm(dtype: torch.dtype, rank: int, config: Config | None) -> Launches:
+    assert config
+    x, dy, weight = of(TOKENS, IN, dtype=dtype), of(TOKENS, OUT, dtype=dtype), of(OUT, IN, dtype=dtype)
+    s, bias = of(TOKENS, rank, dtype=dtype), of(OUT, dtype=dtype)
+    a, b = of(rank, IN, dtype=FP32), of(OUT, rank, dtype=dtype)
+    odd = of(777, 333, dtype=dtype), of(555, 333, dtype=dtype), of(777, rank - 1, dtype=dtype)
+    launches: Launches = {
+        "forward": lambda: gemm.gemm(x, weight, s, b, scale=SCALE, bias=bias, config=config),
+        "masked dx": lambda: gemm.gemm(dy, weight.T, s, a.T, mask=MASK, config=config),
+    }
+    if config.form != "tma":  # descriptors take aligned rows alone
+        launches["odd"] = lambda: gemm.gemm(*odd, of(555, rank - 1, dtype=FP32), mask=MASK, config=config)
+    return launches
+
+
+def of_gate(dtype: torch.dtype, rank: int, config: Config | None) -> Launches:
+    up, rows = of(64, 512, dtype=dtype), of(64, 1024, dtype=dtype)[:, :512]
+    launches: Launches = {}
+    for activation in ("silu", "gelu", "gelu_tanh"):
+        launches[activation] = lambda name=activation: gate.gate_forward(up, up, name, dtype)
+        launches[f"{activation} backward"] = lambda name=activation: gate.gate_backward(
+            up, rows, up, name, with_h=True
+        )
+    return launches
+
+
+LAUNCHES = {
+    "shrink": of_shrink, "dual": of_dual, "outer": of_outer, "expand": of_expand, "gemm": of_gemm, "gate": of_gate,
+}  # fmt: skip
+
+
+def configs(op: str, dtype: torch.dtype, rank: int, arch: int) -> tuple[Config | None, ...]:
+    if op == "gate":
+        return (None,)
+    if op == "gemm":
+        return gemm.configs(dtype, rank, divmod(arch, 10))
+    return skinny.configs(op, dtype, rank) or (None,)  # no row: the operator has another way
+
+
+# --- what is asked of it -------------------------------------------------------------------------------------------
+
+
+def faults(build: Build, dtype: torch.dtype, arch: int, form: str = "") -> list[str]:
+    found = []
+    if build.shared_bytes > SHARED_BYTES[arch]:
+        found.append(f"asks for {build.shared_bytes} of {SHARED_BYTES[arch]} bytes of shared memory")
+    if build.spills:
+        found.append(f"spills registers with {build.spills} instructions")
+    if dtype.itemsize == 2 and not build.products and build.name not in WITHOUT_PRODUCTS:
+        found.append("multiplies without tensor cores")
+    if dtype == FP32 and build.uses_tf32:
+        found.append("rounds fp32 to TF32")
+    if form == "tma" and not build.tma:
+        found.append("has no TMA instruction")
+    return [f"{build.name} {fault}" for fault in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", SHARED_BYTES, ids="sm_{}".format)
+@pytest.mark.parametrize("rank", [16, 64, 256], ids="rank {}".format)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("op", LAUNCHES)
+def test_every_config_compiles_without_fault(op, dtype, rank, arch, builds_of):
+    found = []
+    for config in configs(op, dtype, rank, arch):
+        form = config.form if config else ""
+        for variant, launch in LAUNCHES[op](dtype, rank, config).items():
+            if variant != "odd" or arch == 90:
+                for build in builds_of(launch, arch):
+                    found += [f"{variant} {config}: {fault}" for fault in faults(build, dtype, arch, form)]
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("op", LAUNCHES)
+def test_fp16_compiles_without_fault(op, builds_of):
+    config = configs(op, FP16, 16, 90)[0]
+    for launch in LAUNCHES[op](FP16, 16, config).values():
+        assert [fault for build in builds_of(launch, 90) for fault in faults(build, FP16, 90)] == []
+
+
+def test_no_kernel_is_forgotten(builds_of):
+    builds = []
+    for op, launches in LAUNCHES.items():
+        for config in configs(op, BF16, 16, 90):
+            for launch in launches(BF16, 16, config).values():
+                builds += builds_of(launch, 90)
+    found = pkgutil.walk_packages(petune.kernels.__path__, "petune.kernels.")
+    modules = [vars(importlib.import_module(module.name)) for module in found]
+    kernels = {name for module in modules for name, value in module.items() if isinstance(value, JITFunction)}
+    assert {build.name for build in builds} == {name for name in kernels if name.endswith("_kernel")}
+
+
+# --- and that the checks can fail ----------------------------------------------------------------------------------
+
+
+def test_a_tile_with_too_few_warps_is_seen_to_spill(builds_of):
+    config = Config(128, 256, num_warps=4, num_stages=3, block_inner=64, form="pointer")
+    [build] = builds_of(of_gemm(BF16, 16, config)["forward"], 90)
+    assert [fault for fault in faults(build, BF16, 90) if "spills" in fault]
+
+
+def test_a_tile_that_does_not_fit_is_seen(builds_of):
+    config = Config(128, 128, num_warps=8, num_stages=4, block_inner=128, form="pointer")
+    [build] = builds_of(of_gemm(BF16, 16, config)["forward"], 90)
+    assert [fault for fault in faults(build, BF16, 90) if "shared memory" in fault]
+
+
+def test_tf32_is_seen_where_torch_allows_it(builds_of):
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        launch = of_shrink(FP32, 16, configs("shrink", FP32, 16, 90)[0])["masked"]
+        [build] = builds_of(launch, 90)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert faults(build, FP32, 90) == ["_shrink_kernel rounds fp32 to TF32"]
+
+
+def test_products_without_tensor_cores_and_missing_tma_are_seen(builds_of):
+    launch = of_shrink(FP32, 16, configs("shrink", FP32, 16, 90)[0])["masked"]
+    [build] = builds_of(launch, 90)
+    assert faults(build, BF16, 90, "tma") == [
+        "_shrink_kernel multiplies without tensor cores",
+        "_shrink_kernel has no TMA instruction",
+    ]
+
+
+def test_a_known_build_is_not_compiled_again(builds_of, monkeypatch):
+    launch = of_gate(FP32, 16, None)["silu"]
+    builds = builds_of(launch, 90)
+    gate._gate_forward_kernel.device_caches.clear()  # what a new process has
+    monkeypatch.setattr(aot, "_build", None)
+    assert builds_of(launch, 90) == builds
+
+
+def test_a_missing_disassembler_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(aot, "TOOLS", tmp_path)
+    with pytest.raises(AssertionError, match=r"nvdisasm is missing: a Triton wheel brings it"):
+        aot._run("nvdisasm")

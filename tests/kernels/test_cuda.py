@@ -1,0 +1,149 @@
+"""What only a GPU can show: graphs, no host synchronisation, the timed trial, real sizes. Run by `make gpu`."""
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from petune.kernels.lora_linear import lora_linear
+from tests.conftest import relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SCALE = 2.0
+
+
+@pytest.fixture(autouse=True)
+def _triton_or_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("PETUNE_KERNELS", "triton")
+    monkeypatch.setenv("PETUNE_TUNE", "0")
+
+
+def operands(tokens=512, in_features=1024, out_features=768, rank=16, dtype=torch.bfloat16):
+    def draw(*shape, scale=1.0, trained=False):
+        return (torch.randn(*shape, device="cuda") * scale).to(dtype).requires_grad_(trained)
+
+    x = draw(tokens, in_features, trained=True)
+    weight, bias = draw(out_features, in_features, scale=in_features**-0.5), draw(out_features)
+    a = draw(rank, in_features, scale=in_features**-0.5, trained=True)
+    b = draw(out_features, rank, scale=0.1 * rank**-0.5, trained=True)
+    return x, weight, bias, a, b
+
+
+def step(tensors, dropout_p: float = 0.0) -> list[Tensor]:
+    x, _, _, a, b = tensors
+    y = lora_linear(*tensors, SCALE, dropout_p)
+    return [y, *torch.autograd.grad(y, (x, a, b), torch.ones_like(y))]
+
+
+def double_step(tensors) -> list[Tensor]:
+    x, weight, bias, a, b = (t.detach().double().requires_grad_(t.requires_grad) for t in tensors)
+    y = torch.nn.functional.linear(x, weight, bias) + SCALE * (x @ a.T) @ b.T
+    return [y, *torch.autograd.grad(y, (x, a, b), torch.ones_like(y))]
+
+
+@pytest.mark.parametrize("rank", [8, 16, 64, 256])
+@pytest.mark.parametrize(
+    "sizes", [(4096, 4096, 4096), (4096, 4096, 1024), (3001, 1000, 777), (1, 4096, 4096)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_real_sizes_match_float64(dtype, sizes, rank):
+    tensors = operands(*sizes, rank=rank, dtype=dtype)
+    limit = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-5}[dtype]
+    for out, reference in zip(step(tensors), double_step(tensors), strict=True):
+        assert relative_error(out, reference) <= limit
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_two_runs_are_bitwise_equal(dropout_p):
+    tensors = operands()
+    torch.manual_seed(3)
+    first = step(tensors, dropout_p)
+    torch.manual_seed(3)
+    assert all(torch.equal(left, right) for left, right in zip(first, step(tensors, dropout_p), strict=True))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_a_step_never_waits_for_the_device(dropout_p):
+    tensors = operands()
+    step(tensors, dropout_p)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(tensors, dropout_p)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_a_captured_step_replays_with_new_data_and_a_new_mask(dropout_p):
+    tensors = operands()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(tensors, dropout_p)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(tensors, dropout_p)
+    graph.replay()
+    before = captured[0].clone()
+    graph.replay()
+    assert torch.equal(before, captured[0]) == (dropout_p == 0.0)
+    with torch.no_grad():
+        tensors[0].copy_(torch.randn_like(tensors[0]))
+    graph.replay()
+    if not dropout_p:
+        for out, reference in zip(captured, double_step(tensors), strict=True):
+            assert relative_error(out, reference) <= 4e-3
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_it_compiles_into_one_graph(mode):
+    tensors = operands()
+    compiled = torch.compile(lambda *t: lora_linear(*t, SCALE), fullgraph=True, mode=mode)
+    for _ in range(3):
+        y = compiled(*tensors)
+        gradients = torch.autograd.grad(y, (tensors[0], *tensors[3:]), torch.ones_like(y))
+        for out, reference in zip((y, *gradients), double_step(tensors), strict=True):
+            assert relative_error(out, reference) <= 4e-3
+
+
+def test_the_first_call_times_the_variants_once_and_writes_the_table(monkeypatch, tmp_path):
+    monkeypatch.setenv("PETUNE_TUNE", "1")
+    monkeypatch.setenv("PETUNE_CACHE_DIR", str(tmp_path))
+    tensors = operands(tokens=640)
+    step(tensors)
+    (table,) = tmp_path.rglob("*.json")
+    written = table.read_text()
+    assert "project" in written
+    assert json.loads(written)
+    stamp = table.stat().st_mtime_ns
+    for out, reference in zip(step(tensors), double_step(tensors), strict=True):
+        assert relative_error(out, reference) <= 4e-3
+    assert table.stat().st_mtime_ns == stamp
+
+
+def test_nothing_of_the_size_of_x_is_kept_or_left_behind():
+    tensors = operands(tokens=4096, in_features=4096, out_features=4096)
+    step(tensors, 0.1)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = lora_linear(*tensors, SCALE, 0.1)
+    assert torch.cuda.memory_allocated() - before <= y.nbytes + 4096 * 16 * 2 + 4096
+    del y
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_autocast_gives_fp32_adapters_fp32_gradients_without_a_copy_of_x():
+    x, weight, bias, a, b = operands()
+    a, b = a.detach().float().requires_grad_(), b.detach().float().requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        outputs = step((x, weight, bias, a, b))
+    assert [t.dtype for t in outputs] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    for out, reference in zip(outputs, double_step((x, weight, bias, a, b)), strict=True):
+        assert relative_error(out, reference) <= 4e-3
