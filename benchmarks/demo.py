@@ -7,6 +7,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from petune.demo import run_demo
 
@@ -18,7 +19,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    runs: dict[str, list[object]] = {"retrieval": [], "vision": []}
+    runs: dict[Literal["retrieval", "vision"], list[object]] = {"retrieval": [], "vision": []}
     with tempfile.TemporaryDirectory() as folder:
         for task, results in runs.items():
             for seed in range(args.seeds):

@@ -194,7 +194,7 @@ def bytes_rows() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name, (base, batch) in small_models().items():
         for dtype in (torch.float32, torch.bfloat16):
-            model = copy.deepcopy(base).to(dtype)
+            model: Any = copy.deepcopy(base).to(dtype)  # pyright: ignore[reportArgumentType]
             cast_batch = {
                 key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
                 for key, value in batch.items()

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from benchmarks import lora_linear, lora_step
-from benchmarks.gpu import gate, harness, measure, peers, problem, unsloth
+from benchmarks.gpu import gate, harness, measure, peers, problem, steps, unsloth
 from petune.kernels import lora_linear as linear_package
 
 fused = linear_package.lora_linear
@@ -126,6 +127,22 @@ def test_step_smoke_trains_every_side_to_the_same_loss(tmp_path, wheel):
                 assert side.get("loss_agrees", True), (row["name"], name)
         assert sides["floor"]["loss"] != sides["E1"]["loss"]  # the adapters do something
         assert sides["ours-grouped"]["note"].startswith("fused: ")
+
+
+def test_a_model_whose_gradients_are_wrong_is_not_timed(tmp_path):
+    model = steps.llama(smoke=True)
+    builder = steps.Builder(model, CPU, torch.bfloat16, seed=0)
+    sides = [builder.lora("E3", fp32_adapters=False), *(builder.ours(fp32_adapters=False) for _ in range(2))]
+    sides[1].name = "ours, its scale lost"
+    for module in sides[1].model.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling["default"] = 1.0
+    options = SimpleNamespace(smoke=True, seed=0, unsloth=None)
+    bench = lora_step.Bench(CPU, options, harness.Results(tmp_path / "r.json", {}), harness.Budget(60.0))
+    found: dict[str, dict[str, Any]] = {}
+    right = bench._checked(sides, builder, model.batch(CPU, True), model.batch(CPU, False), found)
+    assert [side.name for side in right] == ["E3", "ours"]
+    assert found["ours, its scale lost"]["gate"]["reason"].startswith("gradient ")
 
 
 def test_a_budget_of_nothing_leaves_rows_out_by_name(tmp_path):

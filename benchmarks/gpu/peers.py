@@ -172,7 +172,8 @@ def forced(side: Side, variant: str) -> Side:
 def _choosing(choose: Callable[..., str]) -> AbstractContextManager[Any]:
     from petune.kernels.lora_linear import kernel
 
-    return mock.patch.object(kernel, "choose", choose)
+    # what is known from earlier calls would not ask
+    return mock.patch.multiple(kernel, choose=choose, known=lambda key, default, device: None)
 
 
 def unsloth(problem: Problem, functions: ModuleType, *, inplace: bool = False) -> Side:

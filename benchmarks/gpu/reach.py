@@ -110,7 +110,7 @@ def _total(rows: Rows, goal: Goal, parts: Mapping[str, int], dropout: float, sid
         times = [] if row is None else [us for side in sides if (us := median_us(row, side)) is not None]
         if not times:
             return None
-        total += min(times)
+        total += count * min(times)
     return total
 
 

@@ -1,0 +1,1 @@
+"""Run the scripts by their path; nothing of this is installed."""
