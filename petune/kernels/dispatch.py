@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+from contextlib import nullcontext
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -41,28 +42,27 @@ class Dispatcher:
             RuntimeError: PETUNE_KERNELS=triton and the case is not covered.
             ValueError: PETUNE_KERNELS is none of its values.
         """
-        first = args[0]
-        assert isinstance(first, Tensor)
-        if torch.is_autocast_enabled(first.device.type):
-            with torch.autocast(first.device.type, enabled=False):
-                return self._run(function, args, first.is_cuda, dtype, rank)
-        return self._run(function, args, first.is_cuda, dtype, rank)
-
-    def _run(
-        self, function: str, args: tuple[object, ...], is_cuda: bool, dtype: torch.dtype, rank: int
-    ) -> tuple[Tensor, ...]:
         mode = os.environ.get("PETUNE_KERNELS", "auto")
         if mode not in _MODES:
             raise ValueError(f"PETUNE_KERNELS={mode!r} is not one of {', '.join(_MODES)}; unset it for auto.")
-        if mode == "reference" or (mode == "auto" and not is_cuda):
-            return getattr(self.reference, function)(*args)
+        first = args[0]
+        assert isinstance(first, Tensor)
+        kind = first.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            if mode == "reference" or (mode == "auto" and kind != "cuda"):
+                return getattr(self.reference, function)(*args)
+            # Triton launches on the current device, and a model may lie on several
+            with torch.cuda.device(first.device) if kind == "cuda" else nullcontext():
+                return self._run(function, args, mode, dtype, rank)
+
+    def _run(
+        self, function: str, args: tuple[object, ...], mode: str, dtype: torch.dtype, rank: int
+    ) -> tuple[Tensor, ...]:
         reason = self._why_not(dtype, rank)
         if not reason:
             try:
                 return getattr(self._kernel, function)(*args)
-            except (
-                Exception
-            ) as error:  # a missing C compiler, a driver too old for the PTX, too little shared memory …
+            except Exception as error:  # no C compiler, a driver too old for the PTX, too little shared memory …
                 if mode == "triton" or not _is_ours_to_survive(error):
                     raise
                 reason = self._broken = f"its Triton kernels fail here ({_in_one_line(error)})"

@@ -41,7 +41,7 @@ def run(dispatcher, mode, monkeypatch, x=None):
 
 def on_cuda(dispatcher):
     """One call as if the tensor were on a GPU, in mode auto."""
-    return dispatcher._run("forward", (torch.zeros(2),), True, torch.float32, 8)[0]
+    return dispatcher._run("forward", (torch.zeros(2),), "auto", torch.float32, 8)[0]
 
 
 def test_the_cpu_takes_the_reference_and_a_gpu_the_kernels(monkeypatch, installed):

@@ -74,6 +74,13 @@ def test_the_gate_and_its_gradients_match_float64(activation, lead, dtype):
 
 
 @EVERY_ACTIVATION
+def test_the_gate_is_rounded_once_and_not_after_each_factor(activation):
+    gate, up = (torch.randn(500).bfloat16() for _ in range(2))
+    assert torch.equal(gated(gate, up, activation), plain_gate(gate.float(), up.float(), activation).bfloat16())
+    assert not torch.equal(gated(gate, up, activation), plain_gate(gate, up, activation))
+
+
+@EVERY_ACTIVATION
 def test_the_gate_saturates_without_overflow(activation):
     gate = torch.tensor(EDGES, requires_grad=True)
     up = torch.full_like(gate, 0.7, requires_grad=True)
@@ -261,7 +268,8 @@ def test_autocast_casts_as_linear_does_and_leaves_the_gate_alone(dtype):
 
 def test_the_gates_ops_pass_opcheck():
     gate, up = operands()[:2]
-    torch.library.opcheck(OPS.gated_forward.default, (gate, up, "gelu", torch.float32))
+    for dtype in (torch.float32, torch.bfloat16):  # the latter is autocast's
+        torch.library.opcheck(OPS.gated_forward.default, (gate, up, "gelu", dtype))
     gate, up = gate.detach(), up.detach()
     torch.library.opcheck(OPS.gated_backward.default, (gate * up, gate, up, "gelu"))
 
@@ -271,7 +279,8 @@ def test_ops_pass_opcheck(dropout_p):
     gate, up, *linear = operands()
     seed = torch.tensor([5]) if dropout_p else None
     rest = (SCALE, dropout_p, seed)
-    torch.library.opcheck(OPS.gated_lora_forward.default, (gate, up, "silu", *linear, *rest, torch.float32))
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(OPS.gated_lora_forward.default, (gate, up, "silu", *linear, *rest, dtype))
     gate, up, weight, bias, a, b = (t.detach() for t in (gate, up, *linear))
     y, s = OPS.gated_lora_forward(gate, up, "silu", weight, bias, a, b, *rest, torch.float32)
     for kept_s, needs in ((s, [True, True, True]), (None, [False, True, True]), (s, [True, False, False])):

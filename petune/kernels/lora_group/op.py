@@ -64,8 +64,6 @@ def lora_group(
     if torch._C._are_functorch_transforms_active():  # torch.func differentiates no autograd.Function of this form
         return reference.differentiable(x, weights, biases, a, b, scales, dropout_p, dtype)
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p > 0.0 else None
-    if torch.compiler.is_compiling() and not torch.is_grad_enabled():  # Dynamo cannot trace *parameters under no_grad
-        return tuple(_FORWARD(x, weights, biases, a, b, scales, dropout_p, seed, dtype)[:-1])
     return _LoraGroup.apply(scales, dropout_p, seed, dtype, x, *weights, *biases, *a, *b)  # pyright: ignore[reportReturnType]
 
 
@@ -147,7 +145,7 @@ def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, .
         # a trainable base is not what LoRA is for: plain torch, outside of the op
         columns[0][i] = rows.T @ x.reshape(-1, x.shape[-1]).to(rows.dtype) if needs_weights[i] else None
         columns[1][i] = rows.sum(0) if needs_biases[i] else None
-        columns[2][i] = da if needs_a[i] else None
+        columns[2][i] = da
         columns[3][i] = db if needs_b[i] else None
     return (None, None, None, None, dx if needs_dx else None, *chain(*columns))
 
