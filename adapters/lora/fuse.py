@@ -35,8 +35,9 @@ class FuseReport:
     """Module name to the reason why its layers are not grouped, or why it is no fused MLP though it looks like one."""
 
     def __str__(self) -> str:
+        found = ((self.groups, "group"), (self.mlps, "gated MLP"))
         counts = [f"fused: {self.fused}/{self.total} layers"]
-        counts += [f"{count} {what}" for count, what in ((self.groups, "groups"), (self.mlps, "gated MLPs")) if count]
+        counts += [f"{count} {what}{'s' if count > 1 else ''}" for count, what in found if count]
         return "; ".join(
             [", ".join(counts), *_by_reason("left to PEFT", self.left), *_by_reason("left apart", self.apart)]
         )
@@ -88,7 +89,6 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         _separate(module)
         if type(module) is FusedLoraLinear:
-            module.__dict__.pop("group", None)
             _become(module, LoraLinear)
 
 

@@ -27,7 +27,7 @@ class FusedGatedMlp(nn.Module):
     form: ClassVar[GatedForm]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or torch.compiler.is_compiling() or uncovered_mlp(self, self.form):
+        if len(args) != 1 or kwargs or _is_observed() or uncovered_mlp(self, self.form):
             return super().forward(*args, **kwargs)
         modules: dict[str, Any] = self._modules
         gate, up = modules[self.form.gate](args[0]), modules[self.form.up](args[0])
@@ -68,7 +68,7 @@ def uncovered_mlp(mlp: nn.Module, form: GatedForm) -> str:
         return "none of its projections is a fused LoRA layer"
     if not activation_name(activation):
         return f"its activation is {class_name(activation)}"
-    if is_hooked(activation) or _has_any_global_hook() or torch._C._are_functorch_transforms_active():
+    if is_hooked(activation):
         return "its activation has hooks or a replaced forward"
     return ""
 
@@ -86,6 +86,12 @@ def activation_name(activation: nn.Module) -> str:
     if kind is GELUTanh and isinstance(act, partial) and act.func is F.gelu and not act.args:
         return "gelu_tanh" if act.keywords == {"approximate": "tanh"} else ""
     return ""
+
+
+def _is_observed() -> bool:
+    """Whether something looks into every module or operator of this call and wants the plain ones."""
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return transformed or bool(_has_any_global_hook())
 
 
 def _new(original: type[nn.Module], *args: Any) -> nn.Module:

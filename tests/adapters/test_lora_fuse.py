@@ -224,7 +224,7 @@ def test_an_mlp_without_lora_gets_its_class_back_when_fused_again():
     for name in ("gate_proj", "up_proj", "down_proj"):
         setattr(mlp, name, getattr(mlp, name).base_layer)
     report = fuse(model)
-    assert str(report) == "fused: 11/11 layers, 3 groups, 1 gated MLPs"
+    assert str(report) == "fused: 11/11 layers, 3 groups, 1 gated MLP"
     assert not isinstance(mlp, FusedGatedMlp)
     assert not mlp._forward_hooks
 

@@ -7,13 +7,24 @@ import weakref
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch import nn
 
 from petune import FusedLoraConfig, fuse
 from petune.adapters.lora import FusedLoraLinear
 from petune.adapters.lora import group as grouping
-from tests.adapters.lora_models import BERT, LLAMA, adapted, gradient, layers, output, with_two
+from tests.adapters.lora_models import (
+    BERT,
+    DEVICE,
+    LLAMA,
+    Attention,
+    adapted,
+    attention_twins,
+    gradient,
+    layers,
+    output,
+    with_two,
+)
 from tests.conftest import TOLERANCE, relative_error
 from tests.families import FAMILIES
 
@@ -61,37 +72,6 @@ def nothing_is_kept(model):
     return all(group._parent is None and group._pending is None for group in groups(model))
 
 
-class Attention(nn.Module):
-    """Three maps of one input, and places to disturb them."""
-
-    def __init__(self, features=7):
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(features, 5), nn.Linear(features, 3, bias=False), nn.Linear(features, 5)
-
-    def forward(self, x, fail=False, skip=False, change=False):
-        q = self.q(x)
-        if fail:
-            raise OverflowError("in the middle")
-        if skip:
-            return q
-        if change:
-            torch.Tensor.mul_(x, 2.0)
-        k = self.k(x)
-        v = self.v(x)
-        return torch.cat([q, k, v], dim=-1)
-
-
-def attention_twins(base=None, **fields):
-    base = base or Attention()
-    fields = {"r": 2, "target_modules": ["q", "k", "v"], "init_lora_weights": False} | fields
-    pair = []
-    for _ in range(2):
-        torch.manual_seed(1)
-        pair.append(get_peft_model(copy.deepcopy(base), LoraConfig(**fields)))
-    fuse(pair[0])
-    return pair
-
-
 # --- the same numbers ----------------------------------------------------------------------------------------------
 
 
@@ -120,7 +100,7 @@ def test_bf16_is_no_further_from_float64_than_pefts(family, autocast, calls):
     (reference * direction).sum().backward()
     errors = []
     for model in twins(family, dtype=torch.float32 if autocast else torch.bfloat16):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
             out = output(model, family)
         (out * direction).sum().backward()
         errors.append((relative_error(out, reference), relative_error(gradient(model), gradient(exact))))
@@ -167,7 +147,8 @@ def test_a_group_shares_one_dropout_mask(calls):
     y = model.train()(x)
     assert relative_error(y[:, :5], y[:, 8:]) <= TOLERANCE[torch.float32]
     assert relative_error(q(x), v(x)) > 0.01  # alone each draws its own
-    assert calls == [3]
+    assert relative_error(model(x), y) > 0.01  # every call draws a new one
+    assert calls == [3, 3]
 
 
 # --- checkpointing -------------------------------------------------------------------------------------------------
@@ -249,6 +230,25 @@ def test_an_input_that_changes_between_the_calls_switches_the_group_off(calls):
     assert calls == [3]
 
 
+def test_another_input_than_the_source_shows_is_computed_alone(calls):
+    class Deceiving(Attention):
+        def forward(self, x):
+            def change():
+                nonlocal x
+                x = x + 1.0
+
+            q = self.q(x)
+            change()
+            return torch.cat([q, self.k(x), self.v(x)], dim=-1)
+
+    ours, theirs = attention_twins(Deceiving())
+    x = torch.randn(4, 7)
+    for _ in range(2):
+        assert relative_error(ours(x), theirs(x)) <= TOLERANCE[torch.float32]
+    assert calls == [3]
+    assert nothing_is_kept(ours)
+
+
 @pytest.mark.parametrize("mode", ["grad", "autocast", "inference"])
 def test_an_output_holds_only_under_the_modes_it_was_computed_in(mode, calls):
     class Switching(Attention):
@@ -256,7 +256,7 @@ def test_an_output_holds_only_under_the_modes_it_was_computed_in(mode, calls):
             q = self.q(x)
             switch = {
                 "grad": torch.no_grad,
-                "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+                "autocast": lambda: torch.autocast(DEVICE, torch.bfloat16),
                 "inference": torch.inference_mode,
             }[mode]()
             switch.__enter__()
@@ -459,8 +459,20 @@ def test_the_grouped_model_compiles_into_one_graph_of_layers(calls):
     calls.clear()
     assert relative_error(output(compiled, LLAMA, use_cache=False), expected) <= TOLERANCE[torch.float32]
     assert calls == []
+    assert nothing_is_kept(model)
     output(model, LLAMA)
     assert calls == SIZES["llama"]
+
+
+def test_a_compiled_function_in_an_eager_parent_computes_layers_alone(calls):
+    model, _ = attention_twins()
+    attention, x = model.base_model.model, torch.randn(4, 7)
+    expected = attention.q(x)
+    compiled = torch.compile(lambda x: attention.q(x), backend="aot_eager", fullgraph=True)
+    attention.q.group._open(attention, (x,))
+    assert relative_error(compiled(x), expected) <= TOLERANCE[torch.float32]
+    assert calls == []
+    assert attention.q.group._pending is None
 
 
 def test_torch_func_differentiates_the_parent(calls):

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from petune import fuse, unfuse
 from petune.adapters.lora import mlp as gating
 from petune.adapters.lora.mlp import FusedGatedMlp, activation_name, fused_class
-from tests.adapters.lora_models import LLAMA, adapted, gradient, output
+from tests.adapters.lora_models import DEVICE, LLAMA, adapted, gradient, output
 from tests.conftest import TOLERANCE, relative_error
 from tests.families import FAMILIES
 
@@ -127,10 +127,19 @@ def test_dropout_of_the_down_projection_is_on_in_training_only(calls):
     assert calls == ["gated_lora"] * 3
 
 
+def test_no_tokens_at_all_are_fine(calls):
+    for model in twins():
+        x = torch.randn(0, 7, requires_grad=True)
+        y = model(x)
+        y.sum().backward()
+        assert (y.shape, x.grad.shape) == ((0, 5), (0, 7))
+    assert calls == ["gated_lora"]
+
+
 def test_autocast_gives_pefts_dtype(calls):
     ours, theirs = twins()
     x = torch.randn(3, 7)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         out, reference = ours(x), theirs(x)
     assert out.dtype == reference.dtype == torch.bfloat16
     assert relative_error(out, reference) <= 4 * TOLERANCE[torch.bfloat16]
@@ -194,6 +203,14 @@ def test_an_argument_by_name_runs_the_mlps_own_forward(calls):
     ours, theirs = twins()
     x = torch.randn(3, 7)
     assert relative_error(ours.base_model.model(x=x), theirs(x)) <= TOLERANCE[torch.float32]
+    assert calls == []
+
+
+def test_the_compiler_gets_the_mlps_own_forward(calls):
+    ours, theirs = twins()
+    x = torch.randn(3, 7)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    assert relative_error(compiled(x), theirs(x)) <= TOLERANCE[torch.float32]
     assert calls == []
 
 
