@@ -1,4 +1,4 @@
-# pyright: basic
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 # Triton's own types cover neither the kernels' pointers nor their launches
 """The fused GEMM: the frozen product and the low-rank term in one fp32 accumulator, written once.
 
@@ -11,6 +11,7 @@ Two forms: pointers, for any strides; and TMA descriptors on a persistent grid, 
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -51,9 +52,8 @@ def _low_rank_term(
     t = first_token + tl.arange(0, BLOCK_T)[:, None].to(tl.int64)  # [BLOCK_T, 1]
     f = first_feature + tl.arange(0, BLOCK_F)[None, :].to(tl.int64)  # [1, BLOCK_F]
     term = tl.zeros((BLOCK_T, BLOCK_F), dtype=tl.float32)
-    for start in tl.range(
-        0, rank, BLOCK_R, num_stages=1
-    ):  # no pipeline here: it would add its shared memory to the next
+    # one stage: a pipeline of its own would add its shared memory to that of the loop over inner
+    for start in tl.range(0, rank, BLOCK_R, num_stages=1):
         r = start + tl.arange(0, BLOCK_R)
         s_mask = (t < tokens) & (r[None, :] < rank)
         s = tl.load(s_ptr + t * stride_st + r[None, :] * stride_sr, mask=s_mask, other=0.0).to(COMPUTE)
@@ -81,7 +81,8 @@ def _bias_row(bias_ptr, first_feature, features, stride_bias, BLOCK_F: tl.conste
 def _gemm_kernel(
     x_ptr, weight_ptr, s_ptr, b_ptr, bias_ptr, out_ptr, seed_ptr, threshold,
     tokens, features, inner, rank, scale,
-    stride_xt, stride_xk, stride_wf, stride_wk, stride_st, stride_sr, stride_bf, stride_br, stride_bias,
+    stride_xt, stride_xk, stride_wf, stride_wk, stride_ot, stride_of,
+    stride_st, stride_sr, stride_bf, stride_br, stride_bias,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_T: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +113,8 @@ def _gemm_kernel(
         weight_ptrs += BLOCK_K * stride_wk
     if bias_ptr is not None:
         total += _bias_row(bias_ptr, first_feature, features, stride_bias, BLOCK_F)
-    tl.store(out_ptr + t * features + f, total.to(out_ptr.dtype.element_ty), mask=(t < tokens) & (f < features))
+    out_ptrs = out_ptr + t * stride_ot + f * stride_of
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=(t < tokens) & (f < features))
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -155,7 +157,8 @@ def _gemm_tma_kernel(
 
 def gemm(
     x: Tensor, weight: Tensor, s: Tensor, b: Tensor, *,
-    scale: float = 1.0, bias: Tensor | None = None, mask: Mask | None = None, config: Config,
+    scale: float = 1.0, bias: Tensor | None = None, mask: Mask | None = None, out: Tensor | None = None,
+    config: Config,
 ) -> Tensor:  # fmt: skip
     """x weightᵀ + m ⊙ (scale · s bᵀ) + bias, rounded once: the low-rank term joins the fp32 sum of the base product.
 
@@ -167,54 +170,70 @@ def gemm(
         scale: factor of the low-rank term, dimensionless.
         bias: [features], any stride, or None.
         mask: m over [tokens, features], 0 where the low-rank term is dropped; None drops nothing.
+        out: [tokens, features] to write into, in rows that TMA can take where config.form is tma; None allocates it.
         config: one of `configs` that is `eligible`.
 
     Returns:
-        [tokens, features], contiguous, dtype of x.
+        out, dtype of x.
     """
-    out = x.new_empty(x.shape[0], weight.shape[0])
+    if out is None:
+        out = x.new_empty(x.shape[0], weight.shape[0])
     if out.numel() == 0:
         return out
-    block_t, block_f, block_k = config.block_tokens, config.block_features, config.block_inner
-    tiles = triton.cdiv(x.shape[0], block_t) * triton.cdiv(weight.shape[0], block_f)
-    common = dict(
+    launch = _launch_tma if config.form == "tma" else _launch_pointer
+    launch(
+        x, weight, out, config,
         s_ptr=s, b_ptr=b, bias_ptr=bias,
         seed_ptr=None if mask is None else mask.seed, threshold=0 if mask is None else mask.threshold,
         tokens=x.shape[0], features=weight.shape[0], inner=x.shape[1], rank=s.shape[1], scale=scale,
         stride_st=s.stride(0), stride_sr=s.stride(1), stride_bf=b.stride(0), stride_br=b.stride(1),
         stride_bias=0 if bias is None else bias.stride(0),
-        BLOCK_T=block_t, BLOCK_F=block_f, BLOCK_K=block_k, BLOCK_R=_block_rank(s.shape[1], config),
-        GROUP_T=GROUP_T, PRECISION=precision(x.dtype), UPCAST=upcasts(x.dtype),
+        BLOCK_T=config.block_tokens, BLOCK_F=config.block_features, BLOCK_K=config.block_inner,
+        BLOCK_R=_block_rank(s.shape[1], config), GROUP_T=GROUP_T,
+        PRECISION=precision(x.dtype), UPCAST=upcasts(x.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    if config.form == "tma":
-        inner_first = weight.stride(1) != 1
-        rows, block = (weight.T, [block_k, block_f]) if inner_first else (weight, [block_f, block_k])
-        _gemm_tma_kernel[(min(tiles, _multiprocessors(x.device)),)](
-            x_desc=TensorDescriptor(x, x.shape, x.stride(), [block_t, block_k]),
-            weight_desc=TensorDescriptor(rows, rows.shape, rows.stride(), block),
-            out_desc=TensorDescriptor(out, out.shape, out.stride(), [block_t, block_f // 2]),
-            INNER_FIRST=inner_first, **common,
-        )  # fmt: skip
-    else:
-        _gemm_kernel[(tiles,)](
-            x_ptr=x, weight_ptr=weight, out_ptr=out,
-            stride_xt=x.stride(0), stride_xk=x.stride(1), stride_wf=weight.stride(0), stride_wk=weight.stride(1),
-            EVEN_K=x.shape[1] % block_k == 0, **common,
-        )  # fmt: skip
     return out
 
 
+def _launch_pointer(x: Tensor, weight: Tensor, out: Tensor, config: Config, **arguments: Any) -> None:
+    _gemm_kernel[(_tiles(out, config),)](
+        x_ptr=x, weight_ptr=weight, out_ptr=out,
+        stride_xt=x.stride(0), stride_xk=x.stride(1), stride_wf=weight.stride(0), stride_wk=weight.stride(1),
+        stride_ot=out.stride(0), stride_of=out.stride(1),
+        EVEN_K=x.shape[1] % config.block_inner == 0, **arguments,
+    )  # fmt: skip
+
+
+def _launch_tma(x: Tensor, weight: Tensor, out: Tensor, config: Config, **arguments: Any) -> None:
+    block_t, block_f, block_k = config.block_tokens, config.block_features, config.block_inner
+    inner_first = weight.stride(1) != 1
+    rows, block = (weight.T, [block_k, block_f]) if inner_first else (weight, [block_f, block_k])
+    _gemm_tma_kernel[(min(_tiles(out, config), _multiprocessors(x.device)),)](
+        x_desc=TensorDescriptor(x, x.shape, x.stride(), [block_t, block_k]),
+        weight_desc=TensorDescriptor(rows, rows.shape, rows.stride(), block),
+        out_desc=TensorDescriptor(out, out.shape, out.stride(), [block_t, block_f // 2]),
+        INNER_FIRST=inner_first, **arguments,
+    )  # fmt: skip
+
+
+def _tiles(out: Tensor, config: Config) -> int:
+    return triton.cdiv(out.shape[0], config.block_tokens) * triton.cdiv(out.shape[1], config.block_features)
+
+
 def _block_rank(rank: int, config: Config) -> int:
-    """Ranks in one step of the low-rank product: an fp32 b takes no more registers than a step over `inner`."""
-    return min(padded_rank(rank), max(16, config.block_inner // 2))
+    """Ranks in one step of the low-rank product: of an fp32 b, as many as take the registers of a step over `inner`.
+
+    A rank that is no multiple of 16 is loaded element by element, which takes more registers: 16 of them in a step.
+    """
+    return min(padded_rank(rank), max(16, config.block_inner // 2)) if rank % 16 == 0 else 16
 
 
 def configs(dtype: torch.dtype, rank_block: int, capability: tuple[int, int]) -> tuple[Config, ...]:
     """The variants to choose among.
 
-    None for fp32: without TF32 a GEMM is bound by its multiply-adds, where cuBLAS leaves nothing to win. Every rank has
-    the same ones, since a rank above 64 is a loop.
+    None for fp32: without TF32 a GEMM is bound by its multiply-adds, where cuBLAS leaves nothing to win. The same ones
+    for every rank_block: the low-rank product is a loop, and its step does not grow with the rank.
     """
     if dtype not in (torch.float16, torch.bfloat16) or capability < (8, 0):
         return ()
@@ -223,25 +242,28 @@ def configs(dtype: torch.dtype, rank_block: int, capability: tuple[int, int]) ->
     return _AMPERE if capability == (8, 0) else _SMALL
 
 
-# A tile of 128 x 256 with 4 warps spills 333 registers, and 128 x 128 with 4 warps spills the mask: 8 warps each
-_FEW = Config(16, 32, num_warps=4, num_stages=5, block_inner=128, form="pointer")
+# A tile of 128 x 256 with 4 warps spills 333 registers, one of 128 x 128 spills the mask: 8 warps each. On sm_80 one
+# of 128 x 256 spills with 8 too, since there the operands pass through registers on their way to the tensor cores.
+_FEW = Config(16, 32, num_warps=4, num_stages=4, block_inner=128, form="pointer")
 _HOPPER = (
     Config(128, 256, num_warps=8, num_stages=4, block_inner=64, form="tma"),
     Config(128, 256, num_warps=8, num_stages=4, block_inner=64, form="pointer"),
-    Config(128, 128, num_warps=8, num_stages=5, block_inner=64, form="tma"),
+    Config(128, 128, num_warps=8, num_stages=4, block_inner=64, form="tma"),
     Config(128, 128, num_warps=8, num_stages=3, block_inner=64, form="pointer"),
     Config(64, 128, num_warps=4, num_stages=4, block_inner=64, form="pointer"),
     _FEW,
 )
 _AMPERE = (
-    Config(128, 256, num_warps=8, num_stages=4, block_inner=32, form="pointer"),
     Config(128, 128, num_warps=8, num_stages=4, block_inner=64, form="pointer"),
-    Config(64, 128, num_warps=4, num_stages=4, block_inner=64, form="pointer"),
+    Config(128, 128, num_warps=8, num_stages=5, block_inner=32, form="pointer"),
+    Config(64, 128, num_warps=8, num_stages=4, block_inner=64, form="pointer"),
+    Config(64, 64, num_warps=4, num_stages=4, block_inner=64, form="pointer"),
     _FEW,
 )
 _SMALL = (  # 99 KiB of shared memory a block: sm_86, sm_89, sm_120
-    Config(128, 128, num_warps=8, num_stages=4, block_inner=32, form="pointer"),
+    Config(128, 128, num_warps=8, num_stages=5, block_inner=32, form="pointer"),
     Config(64, 128, num_warps=4, num_stages=4, block_inner=32, form="pointer"),
+    Config(64, 64, num_warps=4, num_stages=4, block_inner=64, form="pointer"),
     _FEW,
 )
 
@@ -249,8 +271,8 @@ _SMALL = (  # 99 KiB of shared memory a block: sm_86, sm_89, sm_120
 def eligible(config: Config, x: Tensor, weight: Tensor) -> bool:
     """Whether a variant can take these operands and could be the fastest.
 
-    A tile of 16 rows reads the weight once for every 16 tokens. TMA wants sm_90, and of x, of one orientation of weight
-    and of the output a unit stride with rows and base aligned to 16 bytes.
+    A tile of 16 rows reads the weight once for every 16 tokens. TMA wants sm_90, and a unit stride, with rows and base
+    aligned to 16 bytes, of x, of weight or weightᵀ, and of the output.
     """
     if config.block_tokens < FEW_TOKENS < x.shape[0]:
         return False

@@ -17,7 +17,6 @@ from petune.kernels.launch import INTERPRETED, MAX_RANK, padded_rank
 from petune.kernels.lora_linear import gemm, skinny
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_WITH_DESCRIPTORS = Config(128, 128, 8, 3, 64, "tma")  # which tile does not matter to what it can read
 
 ADDMM = "addmm"
 """The low-rank term is written first and the base product added to it: cuBLAS with beta = 1. The default."""
@@ -101,13 +100,19 @@ def _product(
     operands = (x, weight, s, b, scale, bias, mask)
     if len(x) == 0:
         return _low_rank_first(*operands)
-    table = _products(x, weight, padded_rank(s.shape[1]))
+    rank_block = padded_rank(s.shape[1])
     key = (
-        *(site, bucket(len(x)), *weight.shape, padded_rank(s.shape[1]), str(x.dtype)),
-        *(bias is not None, mask is not None, len(table)),
+        *(site, bucket(len(x)), *weight.shape, rank_block, str(x.dtype)),
+        *(("bias",) if bias is not None else ()),
+        *(("mask",) if mask is not None else ()),
     )
     name = known(key, ADDMM, x.device) or choose(key, variants(*operands), ADDMM, x.device)
-    return table[name](*operands)
+    if name == BASE_FIRST:
+        return _base_first(*operands)
+    config = _fused_table(x.dtype, rank_block, _capability(x.device)).get(name)
+    if config is None or not gemm.eligible(config, x, weight):  # these sizes were timed with other strides
+        return _low_rank_first(*operands)
+    return gemm.gemm(x, weight, s, b, scale=scale, bias=bias, mask=mask, config=config)
 
 
 def variants(
@@ -115,27 +120,16 @@ def variants(
 ) -> dict[str, Callable[[], Tensor]]:
     """Every way to x weightᵀ + m ⊙ (scale · s bᵀ) + bias that these operands allow, by name."""
     operands = (x, weight, s, b, scale, bias, mask)
-    return {name: partial(call, *operands) for name, call in _products(x, weight, padded_rank(s.shape[1])).items()}
-
-
-def _products(x: Tensor, weight: Tensor, rank_block: int) -> dict[str, Callable[..., Tensor]]:
-    with_descriptors = gemm.eligible(_WITH_DESCRIPTORS, x, weight)
-    return _product_table(x.dtype, rank_block, _capability(x.device), with_descriptors)
+    calls = {ADDMM: partial(_low_rank_first, *operands), BASE_FIRST: partial(_base_first, *operands)}
+    for name, config in _fused_table(x.dtype, padded_rank(s.shape[1]), _capability(x.device)).items():
+        if gemm.eligible(config, x, weight):
+            calls[name] = partial(gemm.gemm, x, weight, s, b, scale=scale, bias=bias, mask=mask, config=config)
+    return calls
 
 
 @cache
-def _product_table(
-    dtype: torch.dtype, rank_block: int, capability: tuple[int, int], with_descriptors: bool
-) -> dict[str, Callable[..., Tensor]]:
-    fused = (c for c in gemm.configs(dtype, rank_block, capability) if with_descriptors or c.form != "tma")
-    return {ADDMM: _low_rank_first, BASE_FIRST: _base_first} | {label(c): partial(_fused, c) for c in fused}
-
-
-def _fused(
-    config: Config, x: Tensor, weight: Tensor, s: Tensor, b: Tensor,
-    scale: float, bias: Tensor | None, mask: Mask | None,
-) -> Tensor:  # fmt: skip
-    return gemm.gemm(x, weight, s, b, scale=scale, bias=bias, mask=mask, config=config)
+def _fused_table(dtype: torch.dtype, rank_block: int, capability: tuple[int, int]) -> dict[str, Config]:
+    return {label(config): config for config in gemm.configs(dtype, rank_block, capability)}
 
 
 def _low_rank_first(
@@ -153,7 +147,8 @@ def _base_first(
 def label(config: Config) -> str:
     """A config as one word of the table on disk."""
     blocks = "x".join(str(size) for size in (config.block_tokens, config.block_features, config.block_inner) if size)
-    return "_".join(filter(None, (config.form, blocks, f"w{config.num_warps}", f"s{config.num_stages}")))
+    tile = f"{blocks}_w{config.num_warps}_s{config.num_stages}" if blocks else ""
+    return "_".join(filter(None, (config.form, tile)))
 
 
 def shrink(x: Tensor, a: Tensor, *, scale: float = 1.0, mask: Mask | None = None, out: Tensor | None = None) -> Tensor:
