@@ -5,6 +5,8 @@ Only other Triton modules import this one: it loads triton.
 # pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false
 # a @triton.jit function takes tensors and plain integers where Triton's stubs ask for its own types
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +31,17 @@ def precision(dtype: torch.dtype) -> str:
     """tl.dot's input_precision: fp32 stays fp32 unless torch's own products may use TF32; 16-bit dtypes ignore it."""
     fast = dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
     return "tf32" if fast else "ieee"
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability, (major, minor); that of an H100 where the interpreter runs."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def has_large_blocks(capability: tuple[int, int]) -> bool:
+    """Whether a block may have 163 KiB of shared memory, as on A100, H100 and B200, or only the 99 of other chips."""
+    return capability == (8, 0) or capability[0] in (9, 10)
 
 
 @triton.jit

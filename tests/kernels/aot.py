@@ -13,10 +13,13 @@ from unittest import mock
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import __file__ as nvidia
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from petune.kernels.lora_linear import skinny
 
 TOOLS = Path(nvidia).parent / "bin"
 MULTIPROCESSORS = 132  # an H100's: the grids depend on it, the code does not
@@ -84,10 +87,11 @@ def builds_of(call: Callable[[], object], arch: int, known: Known) -> list[Build
     properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
     with (
         mock.patch.object(driver, "_active", gpu),
-        mock.patch.object(triton.knobs.runtime, "jit_cache_hook", before_compiling),
+        mock.patch.object(knobs.runtime, "jit_cache_hook", before_compiling),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10)),
-        mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(arch, 10)),
+        mock.patch.object(skinny, "capability", return_value=divmod(arch, 10)),  # meta tensors are on no device
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
     ):
         call()
     return builds

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from petune.kernels import chooser
-from petune.kernels.chooser import bucket, choose
+from petune.kernels.chooser import bucket, choose, known
 
 CUDA = torch.device("cuda", 0)
 KEY = ("forward", 4096, 16, "bf16")
@@ -33,7 +33,6 @@ class Gpu:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Vendor X100 80GB")
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-        monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9")
         monkeypatch.setattr(chooser, "version", lambda name: "9.9")
         self.forget(monkeypatch)
 
@@ -249,6 +248,18 @@ def test_a_known_key_costs_a_dictionary_lookup(gpu, monkeypatch):
     for name in ("os", "json", "Path", "version", "_lock", "_tables", "logger"):
         monkeypatch.setattr(chooser, name, None)  # whatever a hit would touch fails
     assert choose(KEY, candidates, "addmm", CUDA) == "fused"
+
+
+def test_known_gives_the_answer_without_candidates_after_the_first_call(gpu):
+    assert known(KEY, "addmm", CUDA) is None
+    choose(KEY, gpu.candidates(), "addmm", CUDA)
+    assert known(KEY, "addmm", CUDA) == "fused"
+    assert known(KEY, "addmm", torch.device("cuda", 1)) is None
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert known(KEY, "addmm", CUDA) == known(("other",), "addmm", CUDA) == "addmm"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_the_chooser_does_not_load_triton():

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from petune.kernels.chooser import Config
 from petune.kernels.dropout import Mask
-from petune.kernels.launch import INTERPRETED, keep_tile, padded_rank, precision, upcasts
+from petune.kernels.launch import INTERPRETED, keep_tile, precision, upcasts
 
 GROUP_T = 8  # token blocks that share a block of weight rows in L2 before the next one is read
 FEW_TOKENS = 64  # up to here the bytes of the weight bind, and a tile of 16 rows wastes the least
@@ -189,7 +189,7 @@ def gemm(
         stride_st=s.stride(0), stride_sr=s.stride(1), stride_bf=b.stride(0), stride_br=b.stride(1),
         stride_bias=0 if bias is None else bias.stride(0),
         BLOCK_T=config.block_tokens, BLOCK_F=config.block_features, BLOCK_K=config.block_inner,
-        BLOCK_R=_block_rank(s.shape[1], config), GROUP_T=GROUP_T,
+        BLOCK_R=_block_rank(s.shape[1]), GROUP_T=GROUP_T,
         PRECISION=precision(x.dtype), UPCAST=upcasts(x.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -221,12 +221,12 @@ def _tiles(out: Tensor, config: Config) -> int:
     return triton.cdiv(out.shape[0], config.block_tokens) * triton.cdiv(out.shape[1], config.block_features)
 
 
-def _block_rank(rank: int, config: Config) -> int:
-    """Ranks in one step of the low-rank product: of an fp32 b, as many as take the registers of a step over `inner`.
+def _block_rank(rank: int) -> int:
+    """Ranks in one step of the low-rank product: above 32, a tile of an fp32 b spills registers.
 
-    A rank that is no multiple of 16 is loaded element by element, which takes more registers: 16 of them in a step.
+    A rank that is no multiple of 16 is loaded element by element, which takes more of them.
     """
-    return min(padded_rank(rank), max(16, config.block_inner // 2)) if rank % 16 == 0 else 16
+    return 32 if rank % 32 == 0 else 16
 
 
 def configs(dtype: torch.dtype, rank_block: int, capability: tuple[int, int]) -> tuple[Config, ...]:

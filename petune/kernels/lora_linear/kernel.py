@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from petune.kernels.chooser import Config, bucket, choose, known
 from petune.kernels.dropout import Mask, mask_of
-from petune.kernels.launch import INTERPRETED, MAX_RANK, padded_rank
+from petune.kernels.launch import INTERPRETED, MAX_RANK, capability, padded_rank
 from petune.kernels.lora_linear import gemm, skinny
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,7 +37,7 @@ def unsupported(dtype: torch.dtype, rank: int) -> str | None:
 def _unsupported_device(index: int) -> str | None:
     if torch.version.hip:
         return "the kernels are checked on NVIDIA GPUs only"
-    major, minor = torch.cuda.get_device_capability(index)
+    major, minor = capability(torch.device("cuda", index))
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
 
@@ -109,7 +109,7 @@ def _product(
     name = known(key, ADDMM, x.device) or choose(key, variants(*operands), ADDMM, x.device)
     if name == BASE_FIRST:
         return _base_first(*operands)
-    config = _fused_table(x.dtype, rank_block, _capability(x.device)).get(name)
+    config = _fused_table(x.dtype, rank_block, capability(x.device)).get(name)
     if config is None or not gemm.eligible(config, x, weight):  # these sizes were timed with other strides
         return _low_rank_first(*operands)
     return gemm.gemm(x, weight, s, b, scale=scale, bias=bias, mask=mask, config=config)
@@ -121,7 +121,7 @@ def variants(
     """Every way to x weightᵀ + m ⊙ (scale · s bᵀ) + bias that these operands allow, by name."""
     operands = (x, weight, s, b, scale, bias, mask)
     calls = {ADDMM: partial(_low_rank_first, *operands), BASE_FIRST: partial(_base_first, *operands)}
-    for name, config in _fused_table(x.dtype, padded_rank(s.shape[1]), _capability(x.device)).items():
+    for name, config in _fused_table(x.dtype, padded_rank(s.shape[1]), capability(x.device)).items():
         if gemm.eligible(config, x, weight):
             calls[name] = partial(gemm.gemm, x, weight, s, b, scale=scale, bias=bias, mask=mask, config=config)
     return calls
@@ -182,7 +182,7 @@ def _config(kernel: str, x: Tensor, rank: int, mask: Mask | None, call: Callable
     if len(x) == 0:
         return None
     rank_block = padded_rank(rank)
-    table = _table(kernel, x.dtype, rank_block)
+    table = _table(kernel, x.dtype, rank_block, capability(x.device))
     default = next(iter(table))
     key = (kernel, bucket(len(x)), x.shape[1], rank_block, str(x.dtype), mask is not None)
     name = known(key, default, x.device)
@@ -193,10 +193,5 @@ def _config(kernel: str, x: Tensor, rank: int, mask: Mask | None, call: Callable
 
 
 @cache
-def _table(kernel: str, dtype: torch.dtype, rank_block: int) -> dict[str, Config]:
-    return {label(config): config for config in skinny.configs(kernel, dtype, rank_block)}
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+def _table(kernel: str, dtype: torch.dtype, rank_block: int, capability: tuple[int, int]) -> dict[str, Config]:
+    return {label(config): config for config in skinny.configs(kernel, dtype, rank_block, capability)}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from petune.kernels.chooser import Config
 from petune.kernels.dropout import Mask
-from petune.kernels.launch import keep_tile, padded_rank, precision, upcasts
+from petune.kernels.launch import capability, has_large_blocks, keep_tile, padded_rank, precision, upcasts
 
 # Triton would compile a kernel more for each of these that is 1 or a multiple of 16, and no load is wider for it
 _PLAIN = ["threshold", "tokens", "blocks_per_chunk", "chunks", "second_chunks"]
@@ -194,7 +194,7 @@ def shrink(
     if not x.numel():
         return s.zero_()
     rank_block = padded_rank(rank)
-    config = config or configs("shrink", x.dtype, rank_block)[0]
+    config = config or configs("shrink", x.dtype, rank_block, capability(x.device))[0]
     token_blocks = _blocks(tokens, config.block_tokens)
     chunks, blocks_per_chunk = _chunks(token_blocks, _blocks(features, config.block_features), x.device)
     sums = s if chunks == 1 else x.new_empty(chunks, tokens, rank, dtype=torch.float32)
@@ -236,7 +236,7 @@ def dual(
     db = b.new_empty(b.shape)
     if not dy.numel():
         return ds.zero_(), db.zero_()
-    config = config or configs("dual", dy.dtype, padded_rank(b.shape[1]))[0]
+    config = config or configs("dual", dy.dtype, padded_rank(b.shape[1]), capability(dy.device))[0]
     if config == TWO_READS:
         return shrink(dy, b.T, scale=scale, out=ds), _outer(dy, s, None, db, None, scale, None, None)
     return ds, _outer(dy, s, b, db, ds, scale, None, config)
@@ -295,7 +295,7 @@ def expand(
     if not y.numel():
         return y
     rank_block = padded_rank(rank)
-    config = config or configs("expand", s.dtype, rank_block)[0]
+    config = config or configs("expand", s.dtype, rank_block, capability(s.device))[0]
     seed, threshold = mask or (s, 0)
     programs = _blocks(tokens, config.block_tokens) * _blocks(features, config.block_features)
     _expand_kernel[programs,](
@@ -315,7 +315,7 @@ def _outer(
     """columns = scale · (x ⊙ m)ᵀ v, [features, rank], and with b also rows = scale · (x ⊙ m) b, [tokens, rank]."""
     (tokens, features), rank = x.shape, v.shape[1]
     rank_block = padded_rank(rank)
-    config = config or configs("outer", x.dtype, rank_block)[0]
+    config = config or configs("outer", x.dtype, rank_block, capability(x.device))[0]
     blocks = _blocks(features, config.block_features)
     chunks, blocks_per_chunk = _chunks(blocks, _blocks(tokens, config.block_tokens), x.device)
     column_sums = columns if chunks == 1 else x.new_empty(chunks, features, rank, dtype=torch.float32)
@@ -423,8 +423,17 @@ _TABLES: dict[tuple[str, int], dict[int, tuple[Config, ...]]] = {
 }
 
 
+# What takes their place on chips that give a block 99 KiB
+_SMALL_TABLES: dict[tuple[str, int], dict[int, tuple[Config, ...]]] = {
+    ("shrink", 2): _TABLES["shrink", 2] | {64: (Config(64, 64, 8, 4),), 256: (Config(64, 32, 8, 3),)},
+    ("outer", 2): _TABLES["outer", 2] | {256: (Config(64, 64, 8, 3),)},
+    ("expand", 2): _TABLES["expand", 2] | {256: (Config(64, 64, 8, 1),)},
+}
+
+
 @cache
-def configs(kernel: str, dtype: torch.dtype, rank_block: int) -> tuple[Config, ...]:
+def configs(kernel: str, dtype: torch.dtype, rank_block: int, capability: tuple[int, int]) -> tuple[Config, ...]:
     """The compiled forms of "shrink", "dual", "outer" or "expand" for a dtype and a padded rank, the default first."""
-    rows = _TABLES[kernel, dtype.itemsize]
+    tables = _TABLES if has_large_blocks(capability) else _TABLES | _SMALL_TABLES
+    rows = tables[kernel, dtype.itemsize]
     return next(found for largest, found in rows.items() if rank_block <= largest)

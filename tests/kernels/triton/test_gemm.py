@@ -278,6 +278,13 @@ def test_descriptors_refuse_an_x_without_aligned_rows(layout, device, guarded):
     assert not eligible(TMA, guarded((8, 16), torch.float16, layout, values), values)
 
 
+def test_descriptors_refuse_a_base_off_by_one_element(device):
+    values = torch.zeros(8, 16, dtype=torch.float16, device=device)
+    shifted = torch.zeros(8 * 16 + 1, dtype=torch.float16, device=device)[1:].view(8, 16)
+    assert not eligible(TMA, shifted, values)
+    assert not eligible(TMA, values, shifted)
+
+
 @pytest.mark.parametrize("layout", ["odd", "strided"])
 def test_descriptors_refuse_a_weight_without_aligned_rows(layout, device, guarded):
     values = torch.zeros(8, 16, dtype=torch.float16, device=device)

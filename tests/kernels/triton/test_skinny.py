@@ -109,7 +109,8 @@ def test_every_config_gives_the_same_result(kernel, dtype, draw, mask):
     x, s, a = draw(70, 270, dtype=dtype), draw(70, 9, dtype=dtype), draw(9, 270, dtype=dtype)
     m = keep(mask, 70, 270)
     rows, columns, tile = products(x, s, a, 1.0 if kernel == "dual" else m)
-    found = {config for rank in (16, 64, 256) for config in skinny.configs(kernel, dtype, rank)}
+    chips = [(8, 6), (9, 0)]
+    found = {c for rank in (16, 64, 256) for chip in chips for c in skinny.configs(kernel, dtype, rank, chip)}
     assert found
     for config in found:
         if kernel == "shrink":
@@ -128,7 +129,8 @@ def test_tables_hold_a_default_and_at_most_four_configs_for_every_rank():
     for kernel in KERNELS:
         for dtype in DTYPES:
             for rank_block in (16, 32, 64, 128, 256):
-                assert 1 <= len(skinny.configs(kernel, dtype, rank_block)) <= 4
+                for chip in [(8, 0), (8, 6), (9, 0), (12, 0)]:
+                    assert 1 <= len(skinny.configs(kernel, dtype, rank_block, chip)) <= 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -1,0 +1,200 @@
+"""The tests of the kernels notice when a kernel is wrong: each mutation of a copy must make the named test fail."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAUNCH, KERNEL, SKINNY, GEMM = "launch.py", *(f"lora_linear/{name}.py" for name in ("kernel", "skinny", "gemm"))
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("PETUNE_TEST_DEVICE") == "cuda", reason="what the tests notice is the same on a CPU"
+)
+
+
+class Mutation(NamedTuple):
+    what: str
+    file: str
+    """Below petune/kernels."""
+    text: str
+    """What is replaced; stands there once."""
+    replacement: str
+    noticed_by: str
+    """File of tests/kernels/triton and the -k that picks its test."""
+
+
+# tests of triton/, by the name of the file and the -k that picks them
+SHAPES = "skinny test_shapes_need_not_fit_the_blocks and small"
+INPUTS = "skinny test_any_strides_are_read_in_place and odd"
+OUTPUTS = "skinny test_outputs_are_written_whole and many_chunks-odd"
+BIAS = "skinny test_expand_adds_the_bias and float32"
+GRADIENTS = "lora_linear test_the_update_and_every_gradient and float32-same"
+SUBSETS = "lora_linear test_each_subset_of_gradients"
+DX = "gemm test_dx_is_masked_where_x_was_dropped and float32"
+PRODUCT = "gemm test_output_and_update_match_float64 and float32 and as"
+STRIDES = "gemm test_any_strides_by_pointers and odd"
+GATE = "gated_lora test_output_and_gradients_match_float64 and float32 and silu"
+GROUP = "lora_group test_outputs_and_gradients_match_float64 and float32 and same"
+
+MUTATIONS = [
+    # the mask
+    Mutation(
+        "no mask in s", SKINNY, "keep_tile(seed, threshold, first_token, ", "keep_tile(seed, 0, first_token, ", SHAPES
+    ),
+    Mutation(
+        "no mask in dA", SKINNY, "keep_tile(seed, threshold, start, first", "keep_tile(seed, 0, start, first", SHAPES
+    ),
+    Mutation(
+        "no mask in dx, expand",
+        SKINNY,
+        "keep_tile(tl.load(seed_ptr), threshold, ",
+        "keep_tile(tl.load(seed_ptr), 0, ",
+        SHAPES,
+    ),
+    Mutation("no mask in dx, gemm", GEMM, "term = tl.where(keep, term, 0.0)", "term = term", DX),
+    Mutation("halves of the mask exchanged", GEMM, "tl.join(left, right)", "tl.join(right, left)", DX),
+    Mutation("one mask for every seed", LAUNCH, "tl.philox(seed, ", "tl.philox(seed * 0, ", SHAPES),
+    Mutation(
+        "halves of a word exchanged", LAUNCH, "words & 0xFFFF, words >> 16", "words >> 16, words & 0xFFFF", SHAPES
+    ),
+    Mutation(
+        "one mask for every token block",
+        SKINNY,
+        "threshold, start, first_feature, ",
+        "threshold, 0, first_feature, ",
+        SHAPES,
+    ),
+    Mutation("1/q twice", KERNEL, "scale = scale / mask", "scale = scale / mask.keep_probability / mask", GRADIENTS),
+    # the scale and the bias
+    Mutation("no scale in shrink", SKINNY, "(s * scale)", "s", SHAPES),
+    Mutation(
+        "no scale in dS of dual",
+        SKINNY,
+        "tl.dot(tl.trans(x), b, input_precision=PRECISION) * scale",
+        "tl.dot(tl.trans(x), b, input_precision=PRECISION)",
+        SHAPES,
+    ),
+    Mutation("no scale in dB", SKINNY, "(columns * scale)", "columns", SHAPES),
+    Mutation(
+        "no scale in expand",
+        SKINNY,
+        "tl.dot(s, b, input_precision=PRECISION) * scale",
+        "tl.dot(s, b, input_precision=PRECISION)",
+        SHAPES,
+    ),
+    Mutation("no scale in gemm", GEMM, "term *= scale", "term *= 1.0", PRODUCT),
+    Mutation("no bias in expand", SKINNY, "if HAS_BIAS:", "if HAS_BIAS and ACCUMULATE:", BIAS),
+    Mutation("a bias without its stride", SKINNY, "bias_ptr + f * stride_bias", "bias_ptr + f", BIAS),
+    Mutation(
+        "no bias in gemm",
+        GEMM,
+        "tl.load(bias_ptr + f * stride_bias, mask=f < features,",
+        "tl.load(bias_ptr + f * stride_bias, mask=f < 0,",
+        PRODUCT,
+    ),
+    # addresses, edges and splits
+    Mutation(
+        "strides of a exchanged",
+        SKINNY,
+        "r * stride_ar + f[:, None] * stride_af",
+        "r * stride_af + f[:, None] * stride_ar",
+        SHAPES,
+    ),
+    Mutation(
+        "strides of weight exchanged",
+        GEMM,
+        "f * stride_wf + k[:, None].to(tl.int64) * stride_wk",
+        "f * stride_wk + k[:, None].to(tl.int64) * stride_wf",
+        STRIDES,
+    ),
+    Mutation(
+        "x read past its edge",
+        SKINNY,
+        "x_mask = (t < tokens) & (f[None, :] < features)",
+        "x_mask = t < tokens",
+        INPUTS,
+    ),
+    Mutation("weight read past its edge", GEMM, "weight_mask & (k[:, None] < left)", "weight_mask", STRIDES),
+    Mutation(
+        "y written past its edge",
+        SKINNY,
+        "tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=y_mask)",
+        "tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=t < tokens)",
+        OUTPUTS,
+    ),
+    Mutation(
+        "a chunk of features one block short",
+        SKINNY,
+        "first + blocks_per_chunk * BLOCK_F",
+        "first + (blocks_per_chunk - 1) * BLOCK_F",
+        INPUTS,
+    ),
+    Mutation(
+        "a chunk of tokens one block long",
+        SKINNY,
+        "first + blocks_per_chunk * BLOCK_T",
+        "first + (blocks_per_chunk + 1) * BLOCK_T",
+        INPUTS,
+    ),
+    Mutation("the last partial sum left out", SKINNY, "(first + c < chunks)", "(first + c < chunks - 1)", OUTPUTS),
+    # how the operators put them together
+    Mutation("no mask where dx is made", KERNEL, ", ds, a, mask).view", ", ds, a, None).view", GRADIENTS),
+    Mutation("no scale without dB", KERNEL, "shrink(dy_rows, b.T, scale=scale)", "shrink(dy_rows, b.T)", SUBSETS),
+    Mutation(
+        "no mask in a group's dx", "lora_group/kernel.py", "expand(ds, a.T, mask=mask)", "expand(ds, a.T)", GROUP
+    ),
+    Mutation(
+        "no mask in the dA of a gated layer",
+        "gated_lora/kernel.py",
+        "outer(h, ds, dtype=a.dtype, mask=mask)",
+        "outer(h, ds, dtype=a.dtype)",
+        GATE,
+    ),
+    Mutation("the slope of the gate left out", "gated_lora/gate.py", "(dh * (u * slope))", "(dh * u)", GATE),
+]
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """What the interpreted tests need of the repository; `pythonpath` of its pyproject.toml puts it first."""
+    shutil.copytree(ROOT / "petune", tmp_path / "petune", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "tests" / "kernels", tmp_path / "tests" / "kernels")
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def run(copy: Path, noticed_by: str) -> tuple[int, str]:
+    name, _, wanted = noticed_by.partition(" ")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    file = f"tests/kernels/triton/test_{name}.py"
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-x", "-q", file, "-k", wanted]
+    done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, check=False, timeout=240)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({mutation.noticed_by.split()[0] for mutation in MUTATIONS}))
+def test_an_unchanged_copy_passes(copy, name):
+    wanted = {m.noticed_by.partition(" ")[2] for m in MUTATIONS if m.noticed_by.split()[0] == name}
+    code, output = run(copy, f"{name} {' or '.join(f'({one})' for one in sorted(wanted))}")
+    assert code == 0, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
+def test_a_mutation_is_noticed(copy, mutation):
+    file = copy / "petune" / "kernels" / mutation.file
+    source = file.read_text()
+    assert source.count(mutation.text) == 1, "the text to replace is not there once: follow the kernel's change here"
+    file.write_text(source.replace(mutation.text, mutation.replacement))
+    code, output = run(copy, mutation.noticed_by)
+    assert code == 1, output  # 1 is a failed test; 2 and more is a run that could not start
+    assert re.search(r"^E +(assert|AssertionError)\b", output, re.MULTILINE), f"it crashes instead:\n{output}"
