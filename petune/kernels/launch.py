@@ -17,6 +17,10 @@ MAX_RANK = 256  # a padded rank lives in registers: [64, 256] in fp32 is what ei
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
+# a · b + c in one rounding: from Triton 3.10 on the default is two, and 3.9 warns of that at every compilation
+FUSED = {"enable_fp_fusion": True}
+
+
 def padded_rank(rank: int) -> int:
     """The block that holds a rank: a power of two, 16 at least, which is the shortest axis that tl.dot takes."""
     return max(16, triton.next_power_of_2(rank))

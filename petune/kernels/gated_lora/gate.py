@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from petune.kernels.launch import FUSED
+
 _TILE = 1024
 """Elements of a program: 8 a thread at 4 warps, which is one 16-byte load of a 16-bit dtype."""
 
@@ -132,4 +134,4 @@ def _tiles(rows: Tensor, **constants: object) -> tuple[tuple[int], dict[str, Any
     features = min(triton.next_power_of_2(rows.shape[1]), _TILE)
     tokens = _TILE // features
     grid = triton.cdiv(rows.shape[0], tokens) * triton.cdiv(rows.shape[1], features)
-    return (grid,), {**constants, "BLOCK_T": tokens, "BLOCK_F": features, "num_warps": 4}
+    return (grid,), {**constants, "BLOCK_T": tokens, "BLOCK_F": features, "num_warps": 4, **FUSED}

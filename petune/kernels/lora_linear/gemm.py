@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from petune.kernels.chooser import Config
 from petune.kernels.dropout import Mask
-from petune.kernels.launch import INTERPRETED, keep_tile, precision, upcasts
+from petune.kernels.launch import FUSED, INTERPRETED, keep_tile, precision, upcasts
 
 GROUP_T = 8  # token blocks that share a block of weight rows in L2 before the next one is read
 FEW_TOKENS = 64  # up to here the bytes of the weight bind, and a tile of 16 rows wastes the least
@@ -191,7 +191,7 @@ def gemm(
         BLOCK_T=config.block_tokens, BLOCK_F=config.block_features, BLOCK_K=config.block_inner,
         BLOCK_R=_block_rank(s.shape[1]), GROUP_T=GROUP_T,
         PRECISION=precision(x.dtype), UPCAST=upcasts(x.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **FUSED,
     )  # fmt: skip
     return out
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from petune.kernels.chooser import Config
 from petune.kernels.dropout import Mask
-from petune.kernels.launch import capability, has_large_blocks, keep_tile, padded_rank, precision, upcasts
+from petune.kernels.launch import FUSED, capability, has_large_blocks, keep_tile, padded_rank, precision, upcasts
 
 # Triton would compile a kernel more for each of these that is 1 or a multiple of 16, and no load is wider for it
 _PLAIN = ["threshold", "tokens", "blocks_per_chunk", "chunks", "second_chunks"]
@@ -350,7 +350,7 @@ def _add_up(*jobs: tuple[Tensor, Tensor]) -> None:
         second_out_ptr=second_out, second_chunks=second_partial.shape[0], second_count=second_out.shape[0],
         second_stride_pc=second_partial.stride(0), second_stride_on=second_out.stride(0),
         second_stride_or=second_out.stride(1), rank=out.shape[1],
-        BLOCK_C=4, BLOCK_N=block, BLOCK_R=rank_block, PAIR=len(jobs) == 2, num_warps=8,
+        BLOCK_C=4, BLOCK_N=block, BLOCK_R=rank_block, PAIR=len(jobs) == 2, num_warps=8, **FUSED,
     )  # fmt: skip
 
 
@@ -367,6 +367,7 @@ def _constants(config: Config, rank_block: int, dtype: torch.dtype, mask: Mask |
         "PRECISION": precision(dtype),
         "UPCAST": upcasts(dtype),
         "num_warps": config.num_warps,
+        **FUSED,
         "num_stages": config.num_stages,
     }
 
