@@ -326,7 +326,7 @@ def test_decoding_rotates_weights_until_they_overflow_the_cache(monkeypatch):
 
 def test_a_forced_variant_is_taken_where_it_is_eligible(monkeypatch):
     case = small()
-    kernel = SimpleNamespace(choose=lambda key, candidates, default, device: default)
+    kernel = SimpleNamespace(choose=lambda key, candidates, default, device: default, known=None)
     monkeypatch.setattr(linear_package, "kernel", kernel, raising=False)
     candidates = {"addmm": print, "pointer": print}
     chosen: list[str] = []
