@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check lint types notebooks peft-suite bench gpu gpu-tests gpu-linear gpu-step clean
+.PHONY: demo test check lint types notebooks peft-suite aot-oldest bench gpu gpu-tests gpu-linear gpu-step clean
 
 demo: $(READY)  ## fine-tune a real encoder on the standard library's docstrings, offline
 	$(BIN)/petune demo
@@ -28,6 +28,13 @@ notebooks: $(READY)  ## run every notebook from top to bottom
 
 peft-suite: $(READY)  ## PEFT's own tests, with our methods in the place of its LoRA
 	$(BIN)/python tests/adapters/peft_suite/run.py -n 2
+
+# the Triton that came with torch 2.11: what fits the registers in one release may spill in another
+OLDEST_TRITON := 3.6.0
+
+aot-oldest: $(READY)  ## compile every form of the kernels with the oldest Triton that is supported
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
+	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest -n 2 tests/kernels/test_aot.py
 
 bench: $(READY)  ## the CPU benchmarks, on an idle machine; writes benchmarks/results/*.json
 	$(BIN)/python benchmarks/lora_cpu.py
