@@ -45,7 +45,8 @@ bench: $(READY)  ## the CPU benchmarks, on an idle machine; writes benchmarks/re
 gpu: gpu-tests gpu-linear gpu-step  ## tests and benchmarks on a CUDA device, in under nine minutes
 
 gpu-tests:
-	PETUNE_TEST_DEVICE=cuda $(PYTHON) -m pytest -q tests/kernels tests/adapters/test_lora*.py
+	PETUNE_TEST_DEVICE=cuda $(PYTHON) -m pytest -q -n 12 --dist worksteal tests/kernels/test_cuda.py tests/kernels/triton \
+		tests/adapters/test_lora*.py
 
 gpu-linear:
 	$(PYTHON) benchmarks/lora_linear.py --budget-s 180 $(if $(UNSLOTH),--unsloth $(UNSLOTH))

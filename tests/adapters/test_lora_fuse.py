@@ -13,11 +13,9 @@ import petune
 from petune import FusedLoraConfig, fuse, unfuse
 from petune.adapters.lora import FusedLoraLinear
 from petune.adapters.lora.mlp import FusedGatedMlp
-from petune.tasks import TextClassification
 from tests.adapters.lora_models import BERT, LLAMA, adapted, layers, output, with_two
 from tests.conftest import TOLERANCE, relative_error
 from tests.families import FAMILIES
-from tests.tasks import tiny
 
 
 def state_of(model):
@@ -253,10 +251,3 @@ def test_a_group_holds_four_layers_at_most():
 def test_unfuse_is_a_public_name():
     assert petune.unfuse is unfuse
     assert "unfuse" in petune.__all__
-
-
-@pytest.mark.parametrize(("adapter", "grouped"), [(FusedLoraConfig(r=2), True), (LoraConfig(r=2), False)], ids=str)
-def test_tasks_group_the_layers_of_our_config(adapter, grouped):
-    task = TextClassification(tiny.classifier(), labels=["low", "high"], adapter=adapter)
-    task.build()
-    assert any(layer.group for layer in layers(task.model, FusedLoraLinear)) == grouped

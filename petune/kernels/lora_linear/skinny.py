@@ -427,6 +427,7 @@ _TABLES: dict[tuple[str, int], dict[int, tuple[Config, ...]]] = {
 # What takes their place on chips that give a block 99 KiB
 _SMALL_TABLES: dict[tuple[str, int], dict[int, tuple[Config, ...]]] = {
     ("shrink", 2): _TABLES["shrink", 2] | {64: (Config(64, 64, 8, 4),), 256: (Config(64, 32, 8, 3),)},
+    ("dual", 2): _TABLES["dual", 2] | {32: (Config(64, 256, 8, 2), TWO_READS)},  # sm_86 spills (64, 128, 8, 4)
     ("outer", 2): _TABLES["outer", 2] | {256: (Config(64, 64, 8, 3),)},
     ("expand", 2): _TABLES["expand", 2] | {256: (Config(64, 64, 8, 1),)},
 }
