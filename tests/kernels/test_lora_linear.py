@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from petune.kernels.lora_linear import lora_linear
 from tests.conftest import TOLERANCE, relative_error
+from tests.kernels.operands import kept_tensors
 
 OPS = torch.ops.petune
 SCALE = 1.5
@@ -41,18 +42,6 @@ def gradients(function, inputs, dy=None):
 
 def in_double(tensors):
     return tuple(t.detach().double().requires_grad_(t.requires_grad) for t in tensors)
-
-
-def kept_storages(function) -> list[Tensor]:
-    kept: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function()
-    return kept
 
 
 # --- the formula ---------------------------------------------------------------------------------------------------
@@ -113,7 +102,7 @@ def test_strided_inputs_are_read_in_place_and_give_the_same_result():
     same = gradients(lambda *t: lora_linear(t[0], weight, bias, t[1], t[2], SCALE), (x, a, b))
     for left, right in zip(ours, same, strict=True):
         assert relative_error(left, right) <= 1e-6
-    kept = kept_storages(lambda: lora_linear(strided, conv1d_weight.T, bias, a, b, SCALE))
+    kept = kept_tensors(lambda: lora_linear(strided, conv1d_weight.T, bias, a, b, SCALE))
     assert {t.data_ptr() for t in kept} <= {t.data_ptr() for t in (strided, conv1d_weight, a, b)}
 
 
@@ -180,7 +169,7 @@ def test_activation_checkpointing_replays_the_mask(use_reentrant):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_only_x_itself_is_kept(dropout_p):
     x, weight, bias, a, b = operands(2, 9)
-    kept = kept_storages(lambda: lora_linear(x, weight, bias, a, b, SCALE, dropout_p))
+    kept = kept_tensors(lambda: lora_linear(x, weight, bias, a, b, SCALE, dropout_p))
     own = {t.data_ptr() for t in (x, weight, a, b)}
     assert x.data_ptr() in {t.data_ptr() for t in kept}
     assert sum(t.nbytes for t in kept if t.data_ptr() not in own) <= 8  # the seed
@@ -189,14 +178,14 @@ def test_only_x_itself_is_kept(dropout_p):
 def test_autocast_keeps_the_fp32_input_and_no_copy_of_it():
     x, weight, bias, a, b = operands()
     with torch.autocast("cpu", torch.bfloat16):
-        kept = kept_storages(lambda: lora_linear(x, weight, bias, a, b, SCALE))
+        kept = kept_tensors(lambda: lora_linear(x, weight, bias, a, b, SCALE))
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, weight, a, b)}
 
 
 def test_a_frozen_down_projection_keeps_the_rank_sized_product_and_not_x():
     x, weight, bias, a, b = operands(50)
     a.requires_grad_(False)
-    kept = kept_storages(lambda: lora_linear(x, weight, bias, a, b, SCALE, 0.5))
+    kept = kept_tensors(lambda: lora_linear(x, weight, bias, a, b, SCALE, 0.5))
     assert x.data_ptr() not in {t.data_ptr() for t in kept}
     assert (
         max(t.nbytes for t in kept if t.data_ptr() not in {weight.data_ptr(), a.data_ptr(), b.data_ptr()})
@@ -206,7 +195,7 @@ def test_a_frozen_down_projection_keeps_the_rank_sized_product_and_not_x():
 
 def test_nothing_is_kept_without_gradients():
     with torch.no_grad():
-        assert kept_storages(lambda: lora_linear(*operands(), SCALE, 0.5)) == []
+        assert kept_tensors(lambda: lora_linear(*operands(), SCALE, 0.5)) == []
 
 
 # --- torch's own machinery -----------------------------------------------------------------------------------------

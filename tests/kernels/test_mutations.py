@@ -11,7 +11,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LAUNCH, KERNEL, SKINNY, GEMM = "launch.py", *(f"lora_linear/{name}.py" for name in ("kernel", "skinny", "gemm"))
+LAUNCH, *LINEAR = "launch.py", *(f"lora_linear/{name}.py" for name in ("kernel", "skinny", "sums", "gemm"))
+KERNEL, SKINNY, SUMS, GEMM = LINEAR
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("PETUNE_TEST_DEVICE") == "cuda", reason="what the tests notice is the same on a CPU"
@@ -142,7 +143,7 @@ MUTATIONS = [
         "first + (blocks_per_chunk + 1) * BLOCK_T",
         INPUTS,
     ),
-    Mutation("the last partial sum left out", SKINNY, "(first + c < chunks)", "(first + c < chunks - 1)", OUTPUTS),
+    Mutation("the last partial sum left out", SUMS, "(first + c < chunks)", "(first + c < chunks - 1)", OUTPUTS),
     # how the operators put them together
     Mutation("no mask where dx is made", KERNEL, ", ds, a, mask).view", ", ds, a, None).view", GRADIENTS),
     Mutation("no scale without dB", KERNEL, "shrink(dy_rows, b.T, scale=scale)", "shrink(dy_rows, b.T)", SUBSETS),
