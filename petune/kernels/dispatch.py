@@ -51,6 +51,11 @@ class Dispatcher:
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             if mode == "reference" or (mode == "auto" and kind != "cuda"):
                 return getattr(self.reference, function)(*args)
+            if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+                raise RuntimeError(
+                    f"PETUNE_KERNELS=triton, but the tensors of {self.name} are on the {kind}; move them to a CUDA "
+                    "device, or unset it."
+                )
             # Triton launches on the current device, and a model may lie on several
             with torch.cuda.device(first.device) if kind == "cuda" else nullcontext():
                 return self._run(function, args, mode, dtype, rank)

@@ -29,6 +29,7 @@ def installed(monkeypatch):
 
         monkeypatch.setattr(dispatch, "importlib", SimpleNamespace(import_module=load))
         monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
+        monkeypatch.setenv("TRITON_INTERPRET", "1")  # else no tensor of a CPU gets to a kernel
 
     return install
 
@@ -58,6 +59,13 @@ def test_an_unknown_mode_is_named_with_its_values(monkeypatch):
         run(Dispatcher("toy", REFERENCE), "trition", monkeypatch)
 
 
+def test_forced_triton_on_a_cpu_is_an_error_that_says_where_the_tensors_are(monkeypatch, installed):
+    installed(kernel_module(lambda x: (x + 2,)))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match=r"PETUNE_KERNELS=triton, but the tensors of toy are on the cpu; move them"):
+        run(Dispatcher("toy", REFERENCE), "triton", monkeypatch)
+
+
 def test_an_uncovered_case_is_said_once_and_is_an_error_if_triton_is_forced(monkeypatch, installed, caplog):
     installed(kernel_module(lambda x: (x + 2,), reason="rank 300 is above 256"))
     dispatcher = Dispatcher("toy", REFERENCE)
@@ -77,6 +85,7 @@ def test_a_machine_without_triton_runs_the_reference_and_says_so(monkeypatch, ca
     with caplog.at_level(logging.WARNING):
         assert on_cuda(Dispatcher("toy", REFERENCE))[0] == 1
     assert "Triton is not installed" in caplog.text
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="Triton is not installed"):
         run(Dispatcher("toy", REFERENCE), "triton", monkeypatch)
 
