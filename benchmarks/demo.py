@@ -24,7 +24,9 @@ def main() -> None:
         for task, results in runs.items():
             for seed in range(args.seeds):
                 result = run_demo(task, compare=True, seed=seed, output=Path(folder) / f"{task}-{seed}", quiet=True)
-                results.append(json.loads(result.to_json()))
+                row = json.loads(result.to_json())
+                row.pop("adapters")  # folders that are gone by now
+                results.append(row)
     args.out.write_text(json.dumps(runs, indent=1) + "\n")
 
 
