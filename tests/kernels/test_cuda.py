@@ -73,7 +73,9 @@ def test_a_step_never_waits_for_the_device(dropout_p):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(tensors, dropout_p)
+        step(tensors, dropout_p)  # raises where it waits
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            tensors[0].sum().item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
