@@ -19,6 +19,11 @@ def projection_fault(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, 
             "do not fit; pass [..., in_features], [out_features, in_features], [out_features], [rank, in_features] "
             "and [out_features, rank]."
         )
+    return placement_fault(x, weight, bias, a, b, cast)
+
+
+def placement_fault(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, cast: bool) -> str:
+    """What is wrong with the devices of these operands, or the dtypes of the base, or ""; cast: autocast is on."""
     if not (x.device == weight.device == a.device == b.device) or (bias is not None and bias.device != x.device):
         return "are not on one device; move the model and its input to the same one."
     if not cast and (weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype)):

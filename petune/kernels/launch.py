@@ -48,6 +48,30 @@ def has_large_blocks(capability: tuple[int, int]) -> bool:
     return capability == (8, 0) or capability[0] in (9, 10)
 
 
+def blocks_of(size: int, block: int) -> int:
+    """Blocks that cover an axis."""
+    return -(-size // block)
+
+
+def split(owned_blocks: int, summed_blocks: int, device: torch.device) -> tuple[int, int]:
+    """(programs that share one block of the output, blocks that each of them sums); more than one costs a launch.
+
+    Three quarters of the multiprocessors with one program each keep the memory busy. Below that the sum is split, into
+    no more programs than run at once, two a multiprocessor, and no fewer than two blocks each.
+    """
+    available = multiprocessors(device)
+    if 4 * owned_blocks >= 3 * available:
+        return 1, summed_blocks
+    per_chunk = max(2, blocks_of(summed_blocks, 2 * available // owned_blocks))
+    return blocks_of(summed_blocks, per_chunk), per_chunk
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; those of an H100 where the interpreter runs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 @triton.jit
 def keep_tile(seed, threshold, first_token, first_feature, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
     """The keep mask of `petune.kernels.dropout.philox_lanes`, [BLOCK_T, BLOCK_F]; first_feature is a multiple of 8.

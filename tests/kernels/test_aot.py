@@ -18,6 +18,7 @@ from petune.kernels.chooser import Config
 from petune.kernels.dropout import Mask
 from petune.kernels.gated_lora import gate
 from petune.kernels.lora_linear import gemm, skinny
+from petune.kernels.packed_lora import kernel as packed
 from tests.kernels import aot
 from tests.kernels.aot import Build
 
@@ -113,14 +114,47 @@ def of_gate(dtype: torch.dtype, rank: int, config: Config | None) -> Launches:
     return launches
 
 
+def of_packed_shrink(dtype: torch.dtype, rank: int, config: Config | None) -> Launches:
+    x, few, odd = of(TOKENS, IN, dtype=dtype), of(16, IN, dtype=dtype), of(777, 333, dtype=dtype)
+    return {
+        "1 bit": lambda: packed.shrink(x, codes(rank, IN, 1), levels(1, 1), rank, 1, config=config),
+        "8 bits": lambda: packed.shrink(few, codes(rank, IN, 8), levels(rank, 8), rank, 8, config=config),
+        "odd": lambda: packed.shrink(odd, codes(rank - 1, 333, 2), levels(1, 2), rank - 1, 2, config=config),
+    }
+
+
+def of_packed_expand(dtype: torch.dtype, rank: int, config: Config | None) -> Launches:
+    s, odd = of(1, TOKENS, rank, dtype=dtype), of(1, 777, rank - 1, dtype=dtype)
+    # partial sums reach the config for few tokens alone
+    parts = of(4, 16, rank, dtype=FP32) if config == packed.configs("expand", dtype)[0] else s
+    fixed = {"scale": SCALE, "dtype": dtype, "config": config}
+    bias, shape = of(OUT, dtype=dtype), (OUT, rank)
+    return {
+        "1 bit": lambda: packed.expand(s, codes(*shape, 1), levels(OUT, 1), OUT, 1, bias=bias, **fixed),
+        "8 bits": lambda: packed.expand(parts, codes(*shape, 8), levels(1, 8), OUT, 8, bias=None, **fixed),
+        "odd": lambda: packed.expand(odd, codes(333, rank - 1, 2), levels(1, 2), 333, 2, bias=None, **fixed),
+    }
+
+
+def codes(rows: int, columns: int, bits: int) -> Tensor:
+    return of(-(-rows * columns * bits // 8), dtype=torch.uint8)
+
+
+def levels(rows: int, bits: int) -> Tensor:
+    return of(rows, 2**bits, dtype=FP32)
+
+
 LAUNCHES = {
     "shrink": of_shrink, "dual": of_dual, "outer": of_outer, "expand": of_expand, "gemm": of_gemm, "gate": of_gate,
+    "packed_shrink": of_packed_shrink, "packed_expand": of_packed_expand,
 }  # fmt: skip
 
 
 def configs(op: str, dtype: torch.dtype, rank: int, arch: int) -> tuple[Config | None, ...]:
     if op == "gate":
         return (None,)
+    if op.startswith("packed_"):
+        return packed.configs(op.removeprefix("packed_"), dtype)
     if op == "gemm":
         return gemm.configs(dtype, rank, divmod(arch, 10))
     return skinny.configs(op, dtype, rank, divmod(arch, 10))

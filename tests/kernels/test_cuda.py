@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from petune.kernels.lora_linear import lora_linear
+from petune.kernels.packed_lora import packed_lora, unpacked
 from tests.conftest import relative_error
 
 pytestmark = [
@@ -55,6 +56,25 @@ def test_real_sizes_match_float64(dtype, sizes, rank):
     limit = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-5}[dtype]
     for out, reference in zip(step(tensors), double_step(tensors), strict=True):
         assert relative_error(out, reference) <= limit
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("rank", [1, 32, 256])
+@pytest.mark.parametrize("sizes", [(4096, 4096, 4096), (3001, 1000, 777), (1, 4096, 4096), (64, 4096, 1024)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_packed_factors_of_real_sizes_match_float64(dtype, sizes, rank, bits):
+    x, weight, bias, _, _ = (t.detach() for t in operands(*sizes, dtype=dtype))
+    factors, dense = [], []
+    for rows, columns in ((rank, sizes[1]), (sizes[2], rank)):
+        codes = torch.randint(0, 256, (-(-rows * columns * bits // 8),), dtype=torch.uint8, device="cuda")
+        levels = torch.randn(rows, 2**bits, device="cuda") * columns**-0.5
+        factors += [codes, levels]
+        dense.append(unpacked(codes, levels, (rows, columns), bits).double())
+    y = packed_lora(x, weight, bias, *factors, rank, bits, SCALE)
+    reference = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    reference += SCALE * (x.double() @ dense[0].T) @ dense[1].T
+    # the levels, s, the low-rank term and y are each rounded once
+    assert relative_error(y, reference) <= {torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float32: 1e-5}[dtype]
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])

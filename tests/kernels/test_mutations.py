@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAUNCH, *LINEAR = "launch.py", *(f"lora_linear/{name}.py" for name in ("kernel", "skinny", "sums", "gemm"))
 KERNEL, SKINNY, SUMS, GEMM = LINEAR
+PACKED = "packed_lora/kernel.py"
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("PETUNE_TEST_DEVICE") == "cuda", reason="what the tests notice is the same on a CPU"
@@ -36,10 +37,15 @@ INPUTS = "skinny test_any_strides_are_read_in_place and odd"
 OUTPUTS = "skinny test_outputs_are_written_whole and many_chunks-odd"
 BIAS = "skinny test_expand_adds_the_bias and float32"
 GRADIENTS = "lora_linear test_the_update_and_every_gradient and float32-same"
+RANK_MASK = "lora_linear test_a_mask_between_a_and_b and float32"
 SUBSETS = "lora_linear test_each_subset_of_gradients"
 DX = "gemm test_dx_is_masked_where_x_was_dropped and float32"
 PRODUCT = "gemm test_output_and_update_match_float64 and float32 and as"
 STRIDES = "gemm test_any_strides_by_pointers and odd"
+UPDATE = "packed_lora test_the_update_matches_float64 and float32"
+RANKS = "packed_lora test_any_number_of_tokens_and_any_rank"
+BLOCKS = "packed_lora test_shapes_need_not_fit_the_blocks and small-many"
+LAYOUTS = "packed_lora test_any_strides_are_read_in_place"
 GATE = "gated_lora test_output_and_gradients_match_float64 and float32 and silu"
 GROUP = "lora_group test_outputs_and_gradients_match_float64 and float32 and same"
 
@@ -146,6 +152,9 @@ MUTATIONS = [
     Mutation("the last partial sum left out", SUMS, "(first + c < chunks)", "(first + c < chunks - 1)", OUTPUTS),
     # how the operators put them together
     Mutation("no mask where dx is made", KERNEL, ", ds, a, mask).view", ", ds, a, None).view", GRADIENTS),
+    Mutation("no rank mask in ds", KERNEL, "ds = _times(ds, rank_mask)", "ds = _times(ds, None)", RANK_MASK),
+    Mutation("no rank mask in y", KERNEL, "rank_mask)\n    bias", "None)\n    bias", RANK_MASK),
+    Mutation("no rank mask in dB", KERNEL, "rank_mask)\n        ds, db", "None)\n        ds, db", RANK_MASK),
     Mutation("no scale without dB", KERNEL, "shrink(dy_rows, b.T, scale=scale)", "shrink(dy_rows, b.T)", SUBSETS),
     Mutation(
         "no mask in a group's dx", "lora_group/kernel.py", "expand(ds, a.T, mask=mask)", "expand(ds, a.T)", GROUP
@@ -156,6 +165,26 @@ MUTATIONS = [
         "outer(h, ds, dtype=a.dtype, mask=mask)",
         "outer(h, ds, dtype=a.dtype)",
         GATE,
+    ),
+    # codes of a few bits
+    Mutation("rows taken to begin at a byte", PACKED, "begun = (first_bit % 8)", "begun = (first_bit * 0)", UPDATE),
+    Mutation(
+        "codes from the highest bits down", PACKED, "tl.join(codes, codes >> 1)", "tl.join(codes >> 1, codes)", UPDATE
+    ),
+    Mutation("nibbles exchanged", PACKED, "tl.join(codes, codes >> 4)", "tl.join(codes >> 4, codes)", UPDATE),
+    Mutation("the next byte not read", PACKED, "more = started & (begun > 0)", "more = started & (begun > 8)", UPDATE),
+    Mutation("one table for all rows", PACKED, "levels_ptr + i * stride_lr", "levels_ptr + i * 0", UPDATE),
+    Mutation("levels exchanged", PACKED, "tl.where(codes == 1, high, low)", "tl.where(codes == 1, low, high)", UPDATE),
+    Mutation("the first ranks alone", PACKED, "in range(0, rank, BLOCK_R)", "in range(0, BLOCK_R, BLOCK_R)", RANKS),
+    Mutation("one partial sum alone", PACKED, "for _ in range(chunks)", "for _ in range(1)", BLOCKS),
+    Mutation("no scale", PACKED, "y *= scale", "y *= 1.0", UPDATE),
+    Mutation("a packed bias without its stride", PACKED, "bias_ptr + f * stride_bias", "bias_ptr + f", LAYOUTS),
+    Mutation(
+        "x read past its edge, packed",
+        PACKED,
+        "(t < tokens) & (f < features)\n        x =",
+        "t < tokens\n        x =",
+        LAYOUTS,
     ),
     Mutation("the slope of the gate left out", "gated_lora/gate.py", "(dh * (u * slope))", "(dh * u)", GATE),
 ]

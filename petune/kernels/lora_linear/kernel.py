@@ -43,12 +43,12 @@ def _unsupported_device(index: int) -> str | None:
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
-    scale: float, dropout_p: float, seed: Tensor | None, dtype: torch.dtype,
+    scale: float, dropout_p: float, seed: Tensor | None, dtype: torch.dtype, rank_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y = x Wᵀ + bias + scale/q · s Bᵀ,  s = (x ⊙ m) Aᵀ; both in `dtype`."""
+    """y = x Wᵀ + bias + scale/q · s Bᵀ,  s = (x ⊙ m) Aᵀ ⊙ rank_mask; both in `dtype`."""
     mask = mask_of(dropout_p, seed)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    s = shrink(rows, a, mask=mask)
+    s = _times(shrink(rows, a, mask=mask), rank_mask)
     bias = None if bias is None else bias.to(dtype)
     y = project(rows, weight.to(dtype), bias, s, b, scale / mask.keep_probability if mask else scale)
     return y.view(*x.shape[:-1], weight.shape[0]), s
@@ -56,9 +56,9 @@ def forward(
 
 def backward(
     dy: Tensor, x: Tensor | None, s: Tensor | None, weight: Tensor, a: Tensor, b: Tensor,
-    scale: float, dropout_p: float, seed: Tensor | None, needs: Sequence[bool],
+    scale: float, dropout_p: float, seed: Tensor | None, needs: Sequence[bool], rank_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """ds = scale/q · dy B,  dx = dy W + m ⊙ (ds A),  dA = dsᵀ (x ⊙ m),  dB = scale/q · dyᵀ s.
+    """ds = scale/q · dy B ⊙ rank_mask,  dx = dy W + m ⊙ (ds A),  dA = dsᵀ (x ⊙ m),  dB = scale/q · dyᵀ s.
 
     `needs` says which of dx, dA and dB to compute; the others are empty. dA takes x, dB takes s or makes it from x.
     """
@@ -72,16 +72,22 @@ def backward(
     if needs_db:
         if s is None:
             assert rows is not None
-            s = shrink(rows, a, mask=mask)
+            s = _times(shrink(rows, a, mask=mask), rank_mask)
         ds, db = dual(dy_rows, s, b, scale=scale)
     else:
         ds = shrink(dy_rows, b.T, scale=scale)
+    ds = _times(ds, rank_mask)
     if needs_da:
         assert rows is not None
         da = outer(rows, ds, dtype=a.dtype, mask=mask)
     if needs_dx:
         dx = project_back(dy_rows, weight.to(dy.dtype), ds, a, mask).view(*dy.shape[:-1], weight.shape[1])
     return dx, da, db
+
+
+def _times(s: Tensor, rank_mask: Tensor | None) -> Tensor:
+    """s ⊙ rank_mask, into s: [tokens, rank] is a hundredth of what the passes around it move."""
+    return s if rank_mask is None else s.mul_(rank_mask)
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, scale: float) -> Tensor:

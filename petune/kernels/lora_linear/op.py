@@ -1,5 +1,6 @@
 """`lora_linear`: shape checks, the two registered ops, and the autograd.Function around them."""
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -16,22 +17,29 @@ _DISPATCHER = Dispatcher("lora_linear", reference)
 _LIBRARY = torch.library.Library("petune", "FRAGMENT")
 _LIBRARY.define(
     "lora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, float dropout_p, "
-    "Tensor? seed, ScalarType dtype) -> (Tensor, Tensor)"
+    "Tensor? seed, ScalarType dtype, Tensor? rank_mask=None) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "lora_linear_backward(Tensor dy, Tensor? x, Tensor? s, Tensor weight, Tensor a, Tensor b, float scale, "
-    "float dropout_p, Tensor? seed, bool[] needs) -> (Tensor, Tensor, Tensor)"
+    "float dropout_p, Tensor? seed, bool[] needs, Tensor? rank_mask=None) -> (Tensor, Tensor, Tensor)"
 )
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout_p: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    dropout_p: float = 0.0,
+    rank_mask: Tensor | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ    (Hu et al. 2021, eq. 3)
+    """y = x Wᵀ + bias + scale · s Bᵀ,  s = drop(x) Aᵀ ⊙ rank_mask    (Hu et al. 2021, eq. 3)
 
-    Kept for backward: x itself, no copy of it in another dtype, no dropped copy, no mask. Where A is frozen only
-    s = drop(x) Aᵀ, [tokens, rank], is kept. The mask is made again from a seed that the device's default generator
-    draws, so `torch.manual_seed` and activation checkpointing replay it. Under autocast the products run in its dtype.
+    Kept for backward: x itself, no copy of it in another dtype, no dropped copy, no mask of x. Where A is frozen, s
+    alone, [tokens, rank]. The mask of x is made again from a seed that the device's default generator draws, so
+    `torch.manual_seed` and activation checkpointing replay it. Under autocast the products run in its dtype.
 
     Args:
         x: activations, [..., in_features].
@@ -41,22 +49,40 @@ def lora_linear(
         b: up projection B, [out_features, rank], any floating dtype.
         scale: alpha / rank, dimensionless.
         dropout_p: probability that an element of x is dropped on its way to A, 0 <= p < 1, in steps of 1/65536.
+        rank_mask: dropout between A and B as the caller draws it, 0 or 1/keep, [tokens, rank], any floating dtype;
+            tokens are all leading axes of x. It is kept for backward, and has no gradient.
 
     Returns:
         y, [..., out_features], dtype of x or of autocast. Products accumulate in fp32; dA, dB have the dtypes of A, B.
 
     Raises:
-        ValueError: shapes or dtypes disagree, or dropout_p is out of range.
+        ValueError: shapes, dtypes or devices disagree, dropout_p is out of range, or rank_mask asks for a gradient.
     """
     dtype, cast = product_dtype(x)
     check_dropout("lora_linear", dropout_p)
     if fault := projection_fault(x, weight, bias, a, b, cast):
         named = {"x": x, "weight": weight, "bias": bias, "a": a, "b": b}
         raise ValueError(f"lora_linear: {described(named)} {fault}")
+    if rank_mask is not None:
+        _check_rank_mask(rank_mask, x, a)
     if torch._C._are_functorch_transforms_active():  # torch.func differentiates no autograd.Function of this form
-        return reference.differentiable(x, weight, bias, a, b, scale, dropout_p, dtype)
+        return reference.differentiable(x, weight, bias, a, b, scale, dropout_p, dtype, rank_mask)
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p > 0.0 else None
-    return _LoraLinear.apply(x, weight, bias, a, b, scale, dropout_p, seed, dtype)  # pyright: ignore[reportReturnType]
+    return _LoraLinear.apply(x, weight, bias, a, b, scale, dropout_p, seed, dtype, rank_mask)  # pyright: ignore[reportReturnType]
+
+
+def _check_rank_mask(rank_mask: Tensor, x: Tensor, a: Tensor) -> None:
+    expected = (prod(x.shape[:-1]), a.shape[0])
+    if rank_mask.shape != expected or not rank_mask.is_floating_point() or rank_mask.device != x.device:
+        raise ValueError(
+            f"lora_linear: {described({'x': x, 'a': a, 'rank_mask': rank_mask})} do not fit; pass a floating-point "
+            f"rank_mask [tokens, rank] = {list(expected)} on the device of x."
+        )
+    if rank_mask.requires_grad:
+        raise ValueError(
+            "lora_linear: rank_mask asks for a gradient, and a mask has none here; pass rank_mask.detach(), or "
+            "multiply A or B by what is learned."
+        )
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -74,9 +100,10 @@ class _LoraLinear(torch.autograd.Function):
         dropout_p: float,
         seed: Tensor | None,
         dtype: torch.dtype,
+        rank_mask: Tensor | None,
     ) -> Tensor:  # every argument by name: Dynamo cannot trace *inputs under no_grad
-        y, s = _FORWARD(x, weight, bias, a, b, scale, dropout_p, seed, dtype)
-        _keep_for_backward(ctx, (x, weight, bias, a, b, scale, dropout_p, seed, dtype), s)
+        y, s = _FORWARD(x, weight, bias, a, b, scale, dropout_p, seed, dtype, rank_mask)
+        _keep_for_backward(ctx, (x, weight, bias, a, b, scale, dropout_p, seed, dtype, rank_mask), s)
         return y
 
     @staticmethod
@@ -89,36 +116,36 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], s: Tensor) -> None:
-    x, weight, _, a, b, ctx.scale, ctx.dropout_p, seed, _ = inputs
+    x, weight, _, a, b, ctx.scale, ctx.dropout_p, seed, _, rank_mask = inputs
     _, needs_weight, _, needs_a, needs_b = ctx.needs_input_grad[:5]
     keeps_x = needs_a or needs_weight
     # s = drop(x) Aᵀ again costs a hundredth of the step on a CPU, and one more pass over x on a GPU
     keeps_s = needs_b and (x.is_cuda or not keeps_x)
-    ctx.save_for_backward(x if keeps_x else None, s if keeps_s else None, weight, a, b, seed)
+    ctx.save_for_backward(x if keeps_x else None, s if keeps_s else None, weight, a, b, seed, rank_mask)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 9
-    x, s, weight, a, b, seed = ctx.saved_tensors
+        return (None,) * 10
+    x, s, weight, a, b, seed, rank_mask = ctx.saved_tensors
     needs_dx, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
     needs = [needs_dx, needs_a, needs_b]
-    dx, da, db = _BACKWARD(dy, x, s, weight, a, b, ctx.scale, ctx.dropout_p, seed, needs)
+    dx, da, db = _BACKWARD(dy, x, s, weight, a, b, ctx.scale, ctx.dropout_p, seed, needs, rank_mask)
     dweight = dbias = None
     if needs_weight or needs_bias:  # a trainable base is not what LoRA is for: plain torch, outside of the op
         rows = dy.reshape(-1, dy.shape[-1])
         dweight = rows.T @ x.reshape(-1, x.shape[-1]).to(rows.dtype) if needs_weight else None
         dbias = rows.sum(0) if needs_bias else None
     adapters = (da if needs_a else None, db if needs_b else None)
-    return (dx if needs_dx else None, dweight, dbias, *adapters, None, None, None, None)
+    return (dx if needs_dx else None, dweight, dbias, *adapters, None, None, None, None, None)
 
 
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
-    scale: float, dropout_p: float, seed: Tensor | None, dtype: torch.dtype,
+    scale: float, dropout_p: float, seed: Tensor | None, dtype: torch.dtype, rank_mask: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    args = (x, weight, bias, a, b, scale, dropout_p, seed, dtype)
+    args = (x, weight, bias, a, b, scale, dropout_p, seed, dtype, rank_mask)
     return _DISPATCHER.run("forward", args, dtype=dtype, rank=a.shape[0])
 
 
@@ -126,16 +153,21 @@ def _backward(dy: Tensor, x: Any, s: Any, weight: Tensor, a: Tensor, *rest: Any)
     return _DISPATCHER.run("backward", (dy, x, s, weight, a, *rest), dtype=dy.dtype, rank=a.shape[0])
 
 
-def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=rest[-1])
-    return y, x.new_empty(y.numel() // weight.shape[0], a.shape[0], dtype=rest[-1])
+def _fake_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
+    scale: float, dropout_p: float, seed: Tensor | None, dtype: torch.dtype, *_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
+    return y, x.new_empty(y.numel() // weight.shape[0], a.shape[0], dtype=dtype)
 
 
-def _fake_backward(dy: Tensor, x: Any, s: Any, weight: Tensor, a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _fake_backward(
+    dy: Tensor, x: Any, s: Any, weight: Tensor, a: Tensor, b: Tensor,
+    scale: float, dropout_p: float, seed: Any, needs: Sequence[bool], *_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     shapes = ((*dy.shape[:-1], weight.shape[1]), a.shape, b.shape)
     return tuple(
-        like.new_empty(shape if needed else 0)
-        for like, shape, needed in zip((dy, a, b), shapes, rest[-1], strict=True)
+        like.new_empty(shape if needed else 0) for like, shape, needed in zip((dy, a, b), shapes, needs, strict=True)
     )
 
 
@@ -145,10 +177,13 @@ def _forward_flops(x: Any, weight: Any, bias: Any, a: Any, *_: Any, **__: Any) -
     return 2 * tokens * (weight[0] * weight[1] + a[0] * (weight[0] + weight[1]))
 
 
-def _backward_flops(dy: Any, x: Any, s: Any, weight: Any, a: Any, b: Any, *rest: Any, **__: Any) -> int:
+def _backward_flops(
+    dy: Any, x: Any, s: Any, weight: Any, a: Any, b: Any,
+    scale: float, dropout_p: float, seed: Any, needs: Sequence[bool], *_: Any, **__: Any,
+) -> int:  # fmt: skip
     """dy B and, where asked for, dy W + ds A, dsᵀ x, dyᵀ s and the s that was not kept."""
     (out_features, in_features), rank = weight, a[0]
-    needs_dx, needs_da, needs_db = rest[-1]
+    needs_dx, needs_da, needs_db = needs
     skinny = out_features * (1 + needs_db) + in_features * (needs_dx + needs_da + (needs_db and s is None))
     return 2 * prod(dy[:-1]) * (rank * skinny + needs_dx * out_features * in_features)
 

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from petune.kernels.chooser import Config
 from petune.kernels.dropout import Mask
-from petune.kernels.launch import FUSED, capability, has_large_blocks, keep_tile, padded_rank, precision, upcasts
+from petune.kernels.launch import (
+    FUSED,
+    blocks_of,
+    capability,
+    has_large_blocks,
+    keep_tile,
+    padded_rank,
+    precision,
+    split,
+    upcasts,
+)
 from petune.kernels.lora_linear.sums import add_up
 
 # Triton would compile a kernel more for each of these that is 1 or a multiple of 16, and no load is wider for it
@@ -159,8 +169,8 @@ def shrink(
         return s.zero_()
     rank_block = padded_rank(rank)
     config = config or configs("shrink", x.dtype, rank_block, capability(x.device))[0]
-    token_blocks = _blocks(tokens, config.block_tokens)
-    chunks, blocks_per_chunk = _chunks(token_blocks, _blocks(features, config.block_features), x.device)
+    token_blocks = blocks_of(tokens, config.block_tokens)
+    chunks, blocks_per_chunk = split(token_blocks, blocks_of(features, config.block_features), x.device)
     sums = s if chunks == 1 else x.new_empty(chunks, tokens, rank, dtype=torch.float32)
     seed, threshold = mask or (x, 0)
     _shrink_kernel[token_blocks, chunks](
@@ -261,7 +271,7 @@ def expand(
     rank_block = padded_rank(rank)
     config = config or configs("expand", s.dtype, rank_block, capability(s.device))[0]
     seed, threshold = mask or (s, 0)
-    programs = _blocks(tokens, config.block_tokens) * _blocks(features, config.block_features)
+    programs = blocks_of(tokens, config.block_tokens) * blocks_of(features, config.block_features)
     _expand_kernel[programs,](
         s_ptr=s, b_ptr=b, bias_ptr=s if bias is None else bias, y_ptr=y, seed_ptr=seed, threshold=threshold,
         tokens=tokens, features=features, rank=rank, scale=scale, stride_st=s.stride(0), stride_sr=s.stride(1),
@@ -280,8 +290,8 @@ def _outer(
     (tokens, features), rank = x.shape, v.shape[1]
     rank_block = padded_rank(rank)
     config = config or configs("outer", x.dtype, rank_block, capability(x.device))[0]
-    blocks = _blocks(features, config.block_features)
-    chunks, blocks_per_chunk = _chunks(blocks, _blocks(tokens, config.block_tokens), x.device)
+    blocks = blocks_of(features, config.block_features)
+    chunks, blocks_per_chunk = split(blocks, blocks_of(tokens, config.block_tokens), x.device)
     column_sums = columns if chunks == 1 else x.new_empty(chunks, features, rank, dtype=torch.float32)
     if rows is None or b is None:
         b = rows = row_sums = v
@@ -301,10 +311,6 @@ def _outer(
     return columns
 
 
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
-
-
 def _constants(config: Config, rank_block: int, dtype: torch.dtype, mask: Mask | None) -> dict[str, object]:
     return {
         "BLOCK_T": config.block_tokens,
@@ -317,25 +323,6 @@ def _constants(config: Config, rank_block: int, dtype: torch.dtype, mask: Mask |
         **FUSED,
         "num_stages": config.num_stages,
     }
-
-
-def _chunks(blocks: int, summed_blocks: int, device: torch.device) -> tuple[int, int]:
-    """(programs that share one block of the output, blocks that each of them sums); more than one costs a launch.
-
-    Three quarters of the multiprocessors with one program each keep the memory busy. Below that the sum is split, into
-    no more programs than run at once, two a multiprocessor, and no fewer than two blocks each.
-    """
-    multiprocessors = _multiprocessors(device)
-    if 4 * blocks >= 3 * multiprocessors:
-        return 1, summed_blocks
-    per_chunk = max(2, _blocks(summed_blocks, 2 * multiprocessors // blocks))
-    return _blocks(summed_blocks, per_chunk), per_chunk
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    # a CPU runs the interpreter only: it takes the grid of an H100
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 TWO_READS = Config(0, 0, 0, 0, form="two_reads")

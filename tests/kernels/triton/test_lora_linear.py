@@ -34,17 +34,17 @@ def operands(tokens, device, *, in_features=40, out_features=36, rank=5, dtype=t
     return x, weight, bias, a, b
 
 
-def exact(tensors, dy: Tensor, mask: Tensor | float = 1.0) -> list[Tensor]:
+def exact(tensors, dy: Tensor, mask: Tensor | float = 1.0, rank_mask: Tensor | float = 1.0) -> list[Tensor]:
     """The update y - x Wᵀ - bias, then dx - dy W, dA and dB, in float64."""
     x, _, _, a, b = (t.detach().double().requires_grad_(t.requires_grad) for t in tensors)
-    update = SCALE * ((x * mask) @ a.T) @ b.T
+    update = SCALE * (((x * mask) @ a.T) * rank_mask) @ b.T
     return [update, *torch.autograd.grad(update, (x, a, b), dy.double())]
 
 
-def ours(tensors, dy: Tensor, dropout_p: float = 0.0, seed: int = 0) -> list[Tensor]:
+def ours(tensors, dy: Tensor, dropout_p: float = 0.0, rank_mask: Tensor | None = None, seed: int = 0) -> list[Tensor]:
     x, weight, bias, a, b = tensors
     torch.manual_seed(seed)
-    y = lora_linear(*tensors, SCALE, dropout_p)
+    y = lora_linear(*tensors, SCALE, dropout_p, rank_mask)
     dx, da, db = torch.autograd.grad(y, (x, a, b), dy)
     # rounding of y and dx would hide a broken update: what the base contributes is taken away
     base = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
@@ -72,6 +72,26 @@ def test_the_update_and_every_gradient_match_float64(dtype, adapter_dtype, dropo
         assert relative_error(out, reference) <= 2 * tolerance(dtype)
         if trained is not None:
             assert out.dtype == trained.dtype
+
+
+@pytest.mark.parametrize("keep_s", [True, False], ids=["s kept", "s again"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_mask_between_a_and_b_is_in_the_update_and_in_every_gradient(dtype, dropout_p, keep_s, device):
+    tensors = operands(23, device, dtype=dtype, adapter_dtype=torch.float32)
+    dy = torch.randn(23, 36, device=device).to(dtype)
+    mask = drawn_mask(23, 40, dropout_p, device) if dropout_p else 1.0
+    rank_mask = torch.empty(23, 5, device=device).bernoulli_(0.75) / 0.75
+    found = ours(tensors, dy, dropout_p, rank_mask)
+    if keep_s:  # a CPU makes s again, a GPU keeps it
+        x, weight, bias, a, b = (t.detach() for t in tensors)
+        torch.manual_seed(0)
+        seed = torch.randint(2**63 - 1, (1,), device=device) if dropout_p else None
+        _, s = kernel.forward(x, weight, bias, a, b, SCALE, dropout_p, seed, dtype, rank_mask)
+        needs = (False, False, True)
+        found[3] = kernel.backward(dy, None, s, weight, a, b, SCALE, dropout_p, seed, needs, rank_mask)[2]
+    for out, reference in zip(found, exact(tensors, dy, mask, rank_mask), strict=True):
+        assert relative_error(out, reference) <= 2 * tolerance(dtype)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 17])

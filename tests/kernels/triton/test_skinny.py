@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from petune.kernels import launch
 from petune.kernels.chooser import Config
 from petune.kernels.dropout import Mask, philox_lanes
 from petune.kernels.launch import INTERPRETED
@@ -45,12 +46,12 @@ def mask(device) -> Mask:
 @pytest.fixture
 def many_chunks(monkeypatch):
     """Every sum is split as far as it goes: as on a GPU that has more multiprocessors than there is work."""
-    monkeypatch.setattr(skinny, "_multiprocessors", lambda device: 10_000)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 10_000)
 
 
 @pytest.fixture
 def one_chunk(monkeypatch):
-    monkeypatch.setattr(skinny, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
 
 
 def keep(mask: Mask, tokens: int, features: int) -> Tensor:
@@ -317,10 +318,10 @@ def test_partial_sums_are_not_rounded_to_16_bits(draw, many_chunks):
 
 @pytest.mark.parametrize("multiprocessors", [1, 7, 132, 10_000])
 def test_the_split_covers_a_sum_once_and_starts_no_program_in_vain(multiprocessors, monkeypatch, device):
-    monkeypatch.setattr(skinny, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
     for blocks in (1, 3, 16, 98, 99, 500):
         for summed in (1, 2, 3, 31, 32, 33, 1000):
-            chunks, per_chunk = skinny._chunks(blocks, summed, device)
+            chunks, per_chunk = launch.split(blocks, summed, device)
             assert (chunks - 1) * per_chunk < summed <= chunks * per_chunk
             assert chunks == 1 or chunks * blocks <= 2 * multiprocessors
 
@@ -348,7 +349,7 @@ def cases(draw_from):
 )
 @given(case=cases())
 def test_any_small_problem_matches_float64(case, draw, mask, monkeypatch):
-    monkeypatch.setattr(skinny, "_multiprocessors", lambda device: case["multiprocessors"])
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: case["multiprocessors"])
     tokens, features, rank, dtype = (case[name] for name in ("tokens", "features", "rank", "dtype"))
     shape = (features, tokens) if case["transposed"] else (tokens, features)
     x = draw(shape[0], shape[1] * case["step"], dtype=dtype)[:, :: case["step"]]
