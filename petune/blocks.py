@@ -30,6 +30,13 @@ FLAT_ATTENTION_OUT = re.compile(r"o|o(ut)?_(proj|lin)")  # attention even where 
 ATTENTION = re.compile(r"attention|attn|^att$", re.IGNORECASE)
 FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
 QK_NORM = re.compile(r"^(q|k|query|key)_?(layer_?)?(norm|ln)", re.IGNORECASE)
+# What a norm's name says of where it stands. Llama's post_attention_layernorm is the feed-forward's own.
+ATTENTION_NORM = re.compile(r"(?<!post_)att(n|ention)|input")
+FFN_NORM = re.compile(r"(?<!post_)(ffn|mlp|feed_?forward)")
+AFTER_FFN_NORM = re.compile(r"post_(ffn|mlp|feed_?forward)")
+BEFORE_NORM = re.compile(r"before")  # ViT's layernorm_before: of a pre-norm block, whatever follows the stack
+NORM_OF_EMBEDDINGS = re.compile(r"norm_emb")  # BART's layernorm_embedding, which stands behind its blocks
+PRE_NORM_CLASS = re.compile(r"Pre(Layer)?Norm|StableLayerNorm")
 PEFT_WRAPPED = ("base_layer", "original_module")  # in PEFT's tuner layers; in its modules_to_save
 
 
@@ -44,6 +51,8 @@ class Block:
         name: the block.
         stack: the list it stands in, such as "encoder.block".
         width: size of the residual stream here; differs between blocks only in hierarchical models (Swin).
+        ffn_residual: module whose input is the residual stream that the feed-forward branches off: its norm, or its
+            first linear where what it reads is not normed (post-norm); "" where there are several feed-forwards.
     """
 
     name: str
@@ -57,6 +66,7 @@ class Block:
     ffn_out: tuple[str, ...]
     norms: tuple[str, ...]
     linears: tuple[str, ...]
+    ffn_residual: str
 
 
 class Node(NamedTuple):
@@ -68,7 +78,7 @@ class Node(NamedTuple):
     @property
     def parent(self) -> str:
         """Name of the module around it; "" at the top."""
-        return self.name.rpartition(".")[0]
+        return _parent(self.name)
 
     @property
     def features(self) -> tuple[int, int] | None:
@@ -132,11 +142,12 @@ def read_block(stack: str, block: Node, nodes: Sequence[Node]) -> Block | None:
 
     Returns:
         None if it lacks attention or feed-forward linears, as an item of a list that is no transformer block does.
+        `ffn_residual` is left to `residual_reader`, which looks beyond the block.
 
     Raises:
         ContradictionError: it has both, but shapes and names disagree.
     """
-    inside = {_path(block, node): node for node in nodes if node.name.startswith(f"{block.name}.")}
+    inside = {_path_in(block, node.name): node for node in nodes if node.name.startswith(f"{block.name}.")}
     linears = {path: node for path, node in inside.items() if node.features}
     roots = _attention_roots(inside, linears)
     ffn = {path: node for path, node in linears.items() if path not in roots}
@@ -171,7 +182,34 @@ def read_block(stack: str, block: Node, nodes: Sequence[Node]) -> Block | None:
         "linears": list(linears),
     }
     names = {role: tuple(inside[path].name for path in inside if path in paths) for role, paths in roles.items()}
-    return Block(name=block.name, stack=stack, width=width, **names)
+    return Block(name=block.name, stack=stack, width=width, ffn_residual="", **names)
+
+
+def residual_reader(block: Block, kind: str, ends_in_norm: bool) -> str:
+    """Name for `Block.ffn_residual`, "" if it cannot be told.
+
+    Args:
+        block: what `read_block` found.
+        kind: name of the block's class.
+        ends_in_norm: whether a norm follows the stack, as it does where blocks norm what their branches read.
+    """
+    if len(block.ffn_out) != 1:
+        return ""
+    first, last = block.ffn_in[0], block.ffn_out[0]
+    inner = [norm for norm in block.norms if _path_in(block, norm) != _leaf(norm)]
+    beside = _parent(first) != _parent(last) and any(_parent(norm) == _parent(last) for norm in inner)
+    named = PRE_NORM_CLASS.search(kind) or any(BEFORE_NORM.search(_leaf(norm)) for norm in block.norms)
+    if beside or not (ends_in_norm or named):  # post-norm: BERT's output.LayerNorm; BART
+        return first
+    around = [norm for norm in inner if first.startswith(f"{_parent(norm)}.")]  # T5's layer.1.layer_norm
+    around = around or [norm for norm in block.norms if FFN_NORM.search(_leaf(norm))]
+    if around:
+        return around[0]
+    before = [norm for norm in block.norms if not AFTER_FFN_NORM.search(_leaf(norm))]
+    if len(before) == 1 < len(block.norms):  # OLMo-2 norms what its two branches write, not what they read
+        return first
+    before = [norm for norm in before if not ATTENTION_NORM.search(_path_in(block, norm))] or before
+    return before[-1] if before else ""
 
 
 def hints(name: str) -> set[str]:
@@ -189,8 +227,12 @@ def _leaf(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _path(block: Node, node: Node) -> str:
-    path = node.name.removeprefix(f"{block.name}.")
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _path_in(block: Node | Block, name: str) -> str:
+    path = name.removeprefix(f"{block.name}.")
     for wrapped in PEFT_WRAPPED:  # a method may wrap the whole block
         path = path.removeprefix(f"{wrapped}.")
     return path

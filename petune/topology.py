@@ -8,11 +8,21 @@ one class and each hold attention and feed-forward linears.
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from petune.blocks import CONVOLUTIONS, Block, ContradictionError, Node, hints, read_block, walk
+from petune.blocks import (
+    CONVOLUTIONS,
+    NORM_OF_EMBEDDINGS,
+    Block,
+    ContradictionError,
+    Node,
+    hints,
+    read_block,
+    residual_reader,
+    walk,
+)
 
 ROLES: dict[str, str] = {
     "blocks": "the transformer blocks, encoder before decoder",
@@ -37,6 +47,8 @@ class Topology:
     Parameters that belong to no leaf module (cls token, position table of a ViT) have no module name and are not here.
 
     Attributes:
+        ffn_residual: of every block whose structure tells, the module whose input is the residual stream that the
+            feed-forward branches off (`petune.blocks.Block`).
         hidden_size: width of the last block.
         layout: the same names block by block.
     """
@@ -53,6 +65,7 @@ class Topology:
     embeddings: tuple[str, ...]
     head: tuple[str, ...]
     residual_writers: tuple[str, ...]
+    ffn_residual: tuple[str, ...]
     hidden_size: int
     layout: tuple[Block, ...]
 
@@ -77,6 +90,7 @@ def find_topology(model: nn.Module) -> Topology:
     nodes = _nodes(model)
     layout = _blocks(model, nodes)
     embeddings, norms, head = _outside(nodes, layout)
+    layout = _with_residuals(nodes, layout, head)
     order = {node.name: position for position, node in enumerate(nodes)}
 
     def gather(role: str, *more: str) -> tuple[str, ...]:
@@ -96,6 +110,7 @@ def find_topology(model: nn.Module) -> Topology:
         embeddings=tuple(node.name for node in embeddings),
         head=tuple(head),
         residual_writers=gather("attention_out", *gather("ffn_out"), *_writers(embeddings, _widths(layout))),
+        ffn_residual=tuple(block.ffn_residual for block in layout if block.ffn_residual),
         hidden_size=layout[-1].width,
         layout=layout,
     )
@@ -239,6 +254,32 @@ def _outside(nodes: Sequence[Node], layout: Sequence[Block]) -> tuple[list[Node]
         if node.norm_width in widths and (position < first or (node.parent in trunk and position < head_start))
     ]
     return embeddings, norms, head
+
+
+def _with_residuals(nodes: Sequence[Node], layout: Sequence[Block], head: Sequence[str]) -> tuple[Block, ...]:
+    kinds = {node.name: type(node.module).__name__ for node in nodes}
+    names = [node.name for node in nodes]
+    body = nodes[: names.index(head[0])] if head else nodes
+    last = {block.stack: names.index(block.name) for block in layout}
+    normed = {
+        stack: any(_ends(node, stack, position > end, layout) for position, node in enumerate(body))
+        for stack, end in last.items()
+    }
+    return tuple(
+        replace(block, ffn_residual=residual_reader(block, kinds[block.name], normed[block.stack])) for block in layout
+    )
+
+
+def _ends(node: Node, stack: str, after: bool, layout: Sequence[Block]) -> bool:
+    """Whether a module before or `after` a stack of blocks is a norm on what the stack gives, a pooler's included."""
+    if node.norm_width not in _widths(layout) or NORM_OF_EMBEDDINGS.search(node.name):
+        return False
+    trunk = [*_around(stack), stack]
+    if not after:  # OPT lists it before the blocks
+        return node.parent in trunk and node.name.rpartition(".")[2].startswith("final")
+    path = node.name.split(".")
+    branch = next(name for at in range(len(path)) if (name := ".".join(path[: at + 1])) not in trunk)
+    return not any(f"{block.name}.".startswith(f"{branch}.") for block in layout)  # not the decoder's, of an encoder
 
 
 def _widths(layout: Sequence[Block]) -> set[int]:
