@@ -12,12 +12,15 @@ import wrapt
 
 if TYPE_CHECKING:
     from petune.adapters.lora import FusedLoraConfig, fuse, unfuse
+    from petune.adapters.onebit import BiAdapterConfig, BiLoraConfig
     from petune.export import export_lora, export_merged, load_adapter, save_adapter
     from petune.registry import methods, register_method
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BiAdapterConfig",
+    "BiLoraConfig",
     "FusedLoraConfig",
     "export_lora",
     "export_merged",
@@ -30,6 +33,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "BiAdapterConfig": "petune.adapters.onebit",
+    "BiLoraConfig": "petune.adapters.onebit",
     "FusedLoraConfig": "petune.adapters.lora",
     "fuse": "petune.adapters.lora",
     "unfuse": "petune.adapters.lora",

@@ -23,15 +23,20 @@ from transformers import PreTrainedModel
 
 from petune.atomic import copy_over, replacing_folder
 from petune.card import CardInfo, render_card
-from petune.convert import nearest_lora, unwrap_heads
+from petune.convert import plain_lora, unwrap_heads
 from petune.load import file_digest, load_adapter
+from petune.packed import QuantizedConfig
 from petune.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE, Run, describe_run, load_run
+from petune.slots import packed_names, packed_weights
 from petune.state import active_adapter, peft_config, plain_name, unwrap
+from petune.store import StoreReport, TaskStore, write_tasks
 
 __all__ = [
     "CardInfo",
     "ExportReport",
     "Run",
+    "StoreReport",
+    "TaskStore",
     "check_target",
     "export_lora",
     "export_merged",
@@ -39,6 +44,7 @@ __all__ = [
     "load_run",
     "save_adapter",
     "save_model",
+    "write_tasks",
 ]
 
 
@@ -53,7 +59,7 @@ class ExportReport:
     tensors: int
     """Tensors in the weights, read back and found equal to the model's."""
     parameters: int
-    """Elements of them."""
+    """Weights in them, packed ones counted one by one."""
     dead: tuple[str, ...] = ()
     """Parts of the adapter (such as lora_B) that are zero in every layer: training never reached them."""
     relative_error: float = 0.0
@@ -102,8 +108,8 @@ def save_adapter(
         expected = _write_weights(wrapped, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
-        dead = _check_written(wrapped, folder / ADAPTER_WEIGHTS, expected)
-        parameters = sum(tensor.numel() for tensor in expected.values())
+        _check_written(folder / ADAPTER_WEIGHTS, expected)
+        dead, parameters = _dead_parts(wrapped, expected), _count(wrapped, expected)
         run = describe_run(wrapped, run_config, card, parameters)
         (folder / "README.md").write_text(render_card(card, run), encoding="utf-8")
         run["files"] = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
@@ -170,20 +176,22 @@ def export_lora(
     source: nn.Module | str | Path,
     directory: str | Path,
     *,
-    rank: int | float = 0.999,
+    rank: int | float | None = None,
     run_config: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
     card: CardInfo | None = None,
 ) -> ExportReport:
     """Write the adapter as a plain LoRA, which every tool reads.
 
-    LoRA adapters, fused ones among them, are written as they are. Methods that add ΔW to a weight are approximated by
-    the leading singular vectors of ΔW, with `relative_error` in the report.
+    LoRA adapters, fused ones among them, are written as they are, and so are the factors of a low-rank method, such as
+    Bi-LoRA's quantised ones. Other methods that add ΔW to a weight are approximated by the leading singular vectors of
+    ΔW, with `relative_error` in the report. A quantised head becomes a plain one.
 
     Args:
         source: a PeftModel (left as it is), or an adapter folder.
         directory: becomes the adapter folder.
         rank: of the approximation; a fraction asks for the smallest rank that keeps this share of ‖ΔW‖² in a layer.
+            None takes factors as they are, and approximates other methods with 0.999.
         run_config, tokenizer, card: as in `save_adapter`.
 
     Raises:
@@ -194,7 +202,7 @@ def export_lora(
     options: dict[str, Any] = {"run_config": run_config, "tokenizer": tokenizer, "card": card}
     if peft_config(model).peft_type == PeftType.LORA:
         return save_adapter(model, directory, **options)
-    lora, error = nearest_lora(model, rank)
+    lora, error = plain_lora(model, rank)
     report = save_adapter(lora, directory, **options)
     return replace(report, relative_error=error)
 
@@ -229,25 +237,45 @@ def _write_weights(model: PeftModel, folder: Path) -> dict[str, Tensor]:
     return expected
 
 
-def _check_written(model: PeftModel, path: Path, expected: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Compare the file with the model; returns the parts that are zero everywhere."""
+def _check_written(path: Path, expected: Mapping[str, Tensor]) -> None:
+    """Compare the file with the model."""
     written = load_file(path)
     if written.keys() != expected.keys() or not expected:
         different = sorted(written.keys() ^ expected.keys())[:5]
         raise ValueError(
             f"{path.name} does not hold the adapter's tensors (different: {different}); nothing was saved."
         )
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(peft_config(model).peft_type))
-    alive: dict[str, bool] = {}
     for key, tensor in written.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{key} is not finite (NaN or infinite), so the adapter was not saved; train it again.")
         if not torch.equal(tensor, expected[key].detach().cpu()):
             raise ValueError(f"{key} was read back with other values than it has in the model; nothing was saved.")
+
+
+def _dead_parts(model: PeftModel, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The parts of the adapter that are zero in every layer."""
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(peft_config(model).peft_type))
+    # a packed weight is zero where its mean and scale are: none of its bits says so
+    packed = {entry.name: stats for entry, stats in packed_weights(model, active_adapter(model), tensors)}
+    alive: dict[str, bool] = {}
+    for key, tensor in {**_without_blobs(model, tensors), **packed}.items():
         part = next((part for part in key.split(".") if prefix and part.startswith(prefix)), None)
         if part is not None:
             alive[part] = alive.get(part, False) or bool(tensor.any())
     return tuple(sorted(part for part, lives in alive.items() if not lives))
+
+
+def _count(model: PeftModel, tensors: Mapping[str, Tensor]) -> int:
+    """Weights of the adapter; packed ones one by one, and without what is kept of their statistics."""
+    plain = {key: tensor for key, tensor in _without_blobs(model, tensors).items() if not key.endswith(".anchor")}
+    packed = packed_weights(model, active_adapter(model), tensors)
+    return sum(tensor.numel() for tensor in plain.values()) + sum(entry.shape.numel() for entry, _ in packed)
+
+
+def _without_blobs(model: PeftModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    config = peft_config(model)
+    blobs = packed_names(config) if isinstance(config, QuantizedConfig) else ()
+    return {key: tensor for key, tensor in tensors.items() if key not in blobs}
 
 
 def _ours(directory: Path) -> set[str]:

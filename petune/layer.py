@@ -3,6 +3,7 @@
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -95,8 +96,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             container = getattr(self, attribute)
             if name in container:
                 entry = container[name]
-                parameter = entry if isinstance(entry, Tensor) else next(entry.parameters())
-                return self._cast_input_dtype(x, parameter.dtype)
+                tensors = [entry] if isinstance(entry, Tensor) else chain(entry.parameters(), entry.buffers())
+                # of packed weights, whose codes are integers, the statistics
+                return self._cast_input_dtype(x, next(one.dtype for one in tensors if one.is_floating_point()))
         return x
 
     def get_delta_weight(self, name: str) -> Tensor:

@@ -13,7 +13,10 @@ from transformers import PreTrainedModel
 
 from petune.fingerprint import check_fingerprint
 from petune.hub import locate_model
+from petune.packed import QuantizedConfig
 from petune.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE, adapter_folder, read_run
+from petune.slots import packed_names
+from petune.state import peft_config
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 _TASK_CLASSES = {
@@ -47,9 +50,9 @@ def load_adapter(
         ValueError: cut short or damaged weights, pickled weights, an unknown method, another base.
     """
     folder = adapter_folder(directory)
-    config = _read_adapter_config(folder)
+    config = read_adapter_config(folder)
     content = read_run(folder) or {}
-    keys = _check_weights(folder, content.get("files", {}))
+    keys = check_weights(folder, content.get("files", {}))
     recorded: dict[str, Any] = content.get("base") or {}
     model = base if isinstance(base, PreTrainedModel) else _build_base(base, config, recorded, folder, base_options)
     if recorded:
@@ -61,11 +64,16 @@ def load_adapter(
             raise
         detail = " ".join(str(error).split("size mismatch", 1)[1].split())
         raise ValueError(f"{folder}: its tensors do not fit this model: size mismatch{detail}") from error
+    except KeyError as error:  # from PEFT, of a module that the config says was trained whole
+        if error.args[0] in keys or not str(error.args[0]).startswith("base_model."):
+            raise
+        raise ValueError(f"{folder / ADAPTER_WEIGHTS} lacks {error.args[0]}; export it again.") from error
     _check_complete(folder, keys, wrapped)
     return wrapped
 
 
-def _read_adapter_config(folder: Path) -> PeftConfig:
+def read_adapter_config(folder: Path) -> PeftConfig:
+    """The config of an adapter folder, of a method that is known here."""
     path = folder / ADAPTER_CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no {ADAPTER_CONFIG}, so it is no adapter folder; pass one that is.")
@@ -82,7 +90,7 @@ def _read_adapter_config(folder: Path) -> PeftConfig:
     return PeftConfig.from_pretrained(str(folder))
 
 
-def _check_weights(folder: Path, digests: dict[str, str]) -> set[str]:
+def check_weights(folder: Path, digests: dict[str, str]) -> set[str]:
     """The names in the weights file, once it is known to be whole."""
     path = folder / ADAPTER_WEIGHTS
     if not path.exists():
@@ -142,6 +150,9 @@ def _base_class(config: PeftConfig, recorded: dict[str, Any], folder: Path) -> A
 
 def _check_complete(folder: Path, keys: set[str], model: PeftModel) -> None:
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    config = peft_config(model)
+    if isinstance(config, QuantizedConfig) and any(key.endswith(".anchor") for key in keys):
+        wanted -= {*packed_names(config)}  # the folder holds latents instead, and the tuner has found all of them
     missing = sorted(wanted - keys)
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""

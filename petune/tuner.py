@@ -181,10 +181,14 @@ class PetuneTuner(BaseTuner):
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config)
             return
-        layer = self.tuner_layer_cls(target)  # `target` may be another method's layer: it is wrapped as it stands
+        layer = self.make_layer(target, current_key)
         layer.quantization_backend = self._quantization_backend(target)
         layer.update_layer(adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
+
+    def make_layer(self, target: nn.Module, name: str) -> AdapterLayer:
+        """The layer that takes the place of `target`, the module `name` of the model, without an adapter yet."""
+        return self.tuner_layer_cls(target)  # `target` may be another method's layer: it is wrapped as it stands
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if hasattr(new_module, "base_layer"):

@@ -9,9 +9,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from petune.adapters.lora.group import Group, detach
-from petune.adapters.lora.layer import FusedLoraLinear, class_name, uncovered_adapter, uncovered_base
+from petune.adapters.lora.layer import FusedLoraLinear, uncovered_adapter
 from petune.adapters.lora.mlp import FusedGatedMlp, fused_class, uncovered_mlp
 from petune.adapters.lora.source import gated_form, shared_inputs
+from petune.low_rank import class_name, uncovered_base
 
 _LARGEST_GROUP = 4  # what `lora_group` takes
 _GATED_NAMES = ({"gate_proj", "up_proj"}, {"wi_0", "wi_1"}, {"w1", "w3"})

@@ -8,15 +8,13 @@ from peft.tuners.lora.layer import dispatch_default
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from petune.kernels.lora_linear import lora_linear
+from petune.low_rank import is_hooked, is_wrapped, takes, tensor, uncovered_base
 
 if TYPE_CHECKING:
     from petune.adapters.lora.group import Group
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Operands(NamedTuple):
@@ -62,7 +60,7 @@ class FusedLoraLinear(LoraLinear):
         if self._disable_adapters or self.merged_adapters or _has_any_global_hook() or uncovered_base(base):
             return None
         weight = tensor(base, "weight")
-        if x.shape[-1] != self.in_features or not self._takes(x, weight):
+        if x.shape[-1] != self.in_features or not takes(x, weight, self.cast_input_dtype_enabled):
             return None
         live: list[tuple[Tensor, Tensor, float, float]] = []
         active = self._active_adapter
@@ -87,39 +85,11 @@ class FusedLoraLinear(LoraLinear):
         dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         return tensor(a, "weight"), tensor(b, "weight"), self.scaling[name], dropout_p
 
-    def _takes(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether the operator reads x as it is; PEFT's own forward has the error messages for the rest."""
-        if type(x) is not Tensor and is_traceable_wrapper_subclass(x):
-            return False
-        if x.dtype == weight.dtype and self.cast_input_dtype_enabled:
-            return True
-        return not x.is_meta and torch.is_autocast_enabled(x.device.type)
-
 
 def parts(layer: LoraLinear, name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
     """The modules A, B and dropout of an adapter."""
     modules: dict[str, Any] = layer._modules
     return modules["lora_A"]._modules[name], modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
-
-
-def tensor(module: nn.Module, name: str) -> Any:
-    """`module.weight` and the like, from where it usually is."""
-    # FSDP1 and DataParallel put a tensor in the place of the parameter
-    return module._parameters[name] if name in module._parameters else getattr(module, name)
-
-
-def uncovered_base(base: nn.Module) -> str:
-    """Why the operator cannot stand for this base layer, or "" if it can."""
-    if type(base) is not nn.Linear and type(base) is not Conv1D:
-        return f"the base layer is {class_name(base)}"
-    weight = tensor(base, "weight")
-    if weight.dtype not in _DTYPES or _is_wrapped(weight):
-        return f"the base weight is a {type(weight).__name__} of {weight.dtype}"
-    if base.__dict__.get("_hf_tp_plan") is not None:
-        return "the base layer is tensor parallel"
-    if is_hooked(base):
-        return "the base layer has hooks or a replaced forward"
-    return ""
 
 
 def uncovered_adapter(layer: LoraLinear, name: str) -> str:
@@ -134,7 +104,7 @@ def uncovered_adapter(layer: LoraLinear, name: str) -> str:
             return f"adapter {name!r} has the dropout {dropout}"
     elif type(dropout) is not nn.Identity:
         return f"adapter {name!r} has the dropout {dropout}"
-    if _is_wrapped(tensor(a, "weight")) or _is_wrapped(tensor(b, "weight")):
+    if is_wrapped(tensor(a, "weight")) or is_wrapped(tensor(b, "weight")):
         return f"adapter {name!r} holds a {type(tensor(a, 'weight')).__name__}"
     if type(layer.scaling[name]) not in (float, int):
         return f"adapter {name!r} has a {type(layer.scaling[name]).__name__} as its scale"
@@ -152,26 +122,3 @@ def create_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: An
     if type(layer) is LoraLinear and not uncovered_adapter(layer, adapter_name):
         layer.__class__ = FusedLoraLinear
     return layer
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module is more, or something else, than its class's forward."""
-    state = module.__dict__
-    return bool(
-        "forward" in state
-        or state["_forward_pre_hooks"]
-        or state["_forward_hooks"]
-        or state["_backward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state.get("_compiled_call_impl")
-    )
-
-
-def class_name(module: nn.Module) -> str:
-    """peft's Embedding, torch's Linear, …"""
-    return f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
-
-
-def _is_wrapped(weight: Tensor) -> bool:
-    """Whether the weight is a distributed, quantised or other tensor that only looks like a plain one."""
-    return type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight)

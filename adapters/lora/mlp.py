@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
-from petune.adapters.lora.layer import FusedLoraLinear, class_name, is_hooked
+from petune.adapters.lora.layer import FusedLoraLinear
 from petune.adapters.lora.source import GatedForm, gated_form
 from petune.kernels.gated_lora import gated, gated_lora
+from petune.low_rank import class_name, is_hooked
 
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 

@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -40,7 +40,10 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """A YAML file shipped with petune: of a task (`tasks/<name>.yaml`) or a method (`adapters/<name>/recipe.yaml`)."""
+    """A YAML file shipped with petune: of a task (`tasks/<name>.yaml`) or a method (`adapters/<name>/recipe.yaml`).
+
+    A folder of several methods has several such files, which are named by their configs.
+    """
 
     name: str
     kind: str
@@ -74,10 +77,13 @@ def _package_folder(name: str) -> Path:
 def recipes() -> list[Recipe]:
     """Shipped recipes: tasks first, then methods, each by name."""
     tasks = sorted(_package_folder("petune.tasks").glob("*.yaml"))
-    methods = sorted(_package_folder("petune.adapters").glob("*/recipe.yaml"))
-    return [Recipe(path.stem, "task", path) for path in tasks] + [
-        Recipe(path.parent.name, "method", path) for path in methods
-    ]
+    methods: list[Recipe] = []
+    for folder in _package_folder("petune.adapters").iterdir():
+        found = [Recipe(folder.name, "method", path) for path in folder.glob("*.yaml")]
+        if len(found) > 1:
+            found = [replace(each, name=each.config_name.removesuffix("Config").lower()) for each in found]
+        methods += found
+    return [Recipe(path.stem, "task", path) for path in tasks] + sorted(methods, key=lambda each: each.name)
 
 
 def find_recipe(name: str) -> Recipe:

@@ -64,9 +64,11 @@ def _trial(method: Method, learning_rate: float) -> Trial:
 
 
 def _recipe(method: Method) -> dict[str, Any]:
-    """`model.init_args` of the recipe.yaml beside the method's config; empty if it ships none."""
+    """`model.init_args` of the recipe of the method's config, which lies beside it; empty if it ships none."""
     package = importlib.import_module(method.config_cls.__module__).__package__ or ""
-    file = files(package) / "recipe.yaml"
-    if not file.is_file():
-        return {}
-    return yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["init_args"]
+    for file in files(package).iterdir():
+        if file.name.endswith(".yaml"):
+            recipe: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["init_args"]
+            if recipe["adapter"]["class_path"].rpartition(".")[2] == method.config_cls.__name__:
+                return recipe
+    return {}

@@ -40,6 +40,12 @@ class Case:
     converts_to_lora: bool = True
     native: bool = True
     """Whether transformers' own `model.add_adapter` takes it (not if the tuner holds shared state)."""
+    anywhere: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Fields with which it takes any linear layer as a target."""
+    packed: bool = False
+    """Whether what PEFT saves is packed: exact, but without the latents, and nothing for transformers' own loader."""
+    resumable: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Fields with which a checkpoint holds all that training goes on from."""
     quantised: bool = True
     """Whether it rides on a quantised base; a method that computes with the float weight refuses one."""
     strict_load: bool = True
@@ -62,6 +68,28 @@ RANDOM_LORA = {"init_lora_weights": False}
 
 CASES = (
     Case("lora", petune.FusedLoraConfig, {"r": 4}, RANDOM_LORA, dropout="lora_dropout", strict_load=False),
+    Case(
+        "bilora",
+        petune.BiLoraConfig,
+        {"r": 4, "dropout": 0.0},
+        dropout="dropout",
+        weighted=False,
+        packed=True,
+        resumable={"storage": "latent"},
+    ),
+    Case(
+        "biadapter",
+        petune.BiAdapterConfig,
+        {"r": 4, "dropout": 0.0},
+        dropout="dropout",
+        merges=False,
+        weighted=False,
+        converts_to_lora=False,
+        packed=True,
+        resumable={"storage": "latent"},
+        anywhere={"placement": "pfeiffer"},
+        suite_models=(),
+    ),
     Case("densedelta", DenseDeltaConfig, dropout="delta_dropout"),
     Case(
         "reludelta",

@@ -35,9 +35,9 @@ from tests.families import FAMILIES
 ROOT = Path(__file__).parents[2]
 
 
-def fresh(case: Case, family: str = "bert", head: str = "cls") -> PeftModel:
+def fresh(case: Case, family: str = "bert", head: str = "cls", **fields: object) -> PeftModel:
     torch.manual_seed(1)
-    return get_peft_model(build(family, head), case.config(**targets(case)))
+    return get_peft_model(build(family, head), case.config(**targets(case), **fields))
 
 
 def rows(family: str = "bert", head: str = "cls", count: int = 8) -> list[dict[str, torch.Tensor]]:
@@ -214,15 +214,15 @@ def _trainer(model: torch.nn.Module, folder: Path, steps: int) -> Trainer:
 
 @cases()
 def test_the_hugging_face_trainer_trains_saves_and_resumes(case, tmp_path):
-    whole = fresh(case)
+    whole = fresh(case, **case.resumable)
     _trainer(whole, tmp_path / "whole", 4).train()
-    part = fresh(case)
+    part = fresh(case, **case.resumable)
     before = base_tensors(part)
     _trainer(part, tmp_path / "part", 2).train()
     assert_same_tensors(base_tensors(part), before)
     checkpoint = get_last_checkpoint(str(tmp_path / "part"))
     assert not (Path(checkpoint) / "model.safetensors").exists()  # the adapter alone
-    resumed = fresh(case)
+    resumed = fresh(case, **case.resumable)
     _trainer(resumed, tmp_path / "part", 4).train(resume_from_checkpoint=checkpoint)
     final, expected = adapter_of(resumed), adapter_of(whole)
     assert max(relative_error(final[name], expected[name]) for name in expected) <= TOLERANCE[torch.float32]
