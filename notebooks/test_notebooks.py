@@ -11,7 +11,7 @@ NOTEBOOKS = sorted(Path(__file__).parent.glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
-    assert [path.name for path in NOTEBOOKS][:1] == ["01_first_adapter.ipynb"]
+    assert [path.name for path in NOTEBOOKS][:2] == ["01_first_adapter.ipynb", "02_one_bit.ipynb"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
