@@ -27,6 +27,7 @@ def render(results: Path) -> dict[str, str]:
     return {
         "lora_cpu": lora_cpu(_read(results / "lora_cpu.json")),
         "demo": demo(_read(results / "demo.json")),
+        "onebit": onebit(_read(results / "onebit.json")) if (results / "onebit.json").exists() else UNMEASURED,
         "lora_linear": _per_gpu(gpus, "lora_linear", reach.linear_cells([]), linear_table),
         "lora_step": _per_gpu(gpus, "lora_step", reach.step_cells([]), step_table),
     }
@@ -101,6 +102,60 @@ def demo(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def onebit(result: Mapping[str, Any]) -> str:
+    """The gates; per task the scores and sizes of all sides, each seed against fp32 LoRA; and the step times.
+
+    Raises:
+        ValueError: the result is from a smoke run, or cut short.
+    """
+    if result["smoke"] or "gates" not in result:
+        raise ValueError("onebit.json is from a smoke run, or from one that was cut short; run the benchmark again.")
+    settings = result["settings"]
+    place = f"{result['hardware']['cpu']}, one thread; {_versions(result)}."
+    parts = [
+        f"{place} {settings['seeds']} seeds; settings chosen on the validation splits of {settings['tuning_seeds']}.",
+        table(("gate", "value"), [(name, _gate(gate)) for name, gate in result["gates"].items()]),
+    ]
+    parts += [onebit_task(name, task) for name, task in result["tasks"].items()]
+    times = [
+        (
+            row["task"],
+            row["side"],
+            row["parent"],
+            f"{row['ratio']:.2f} ({row['ratio_min']:.2f}..{row['ratio_max']:.2f})",
+            f"{row['side_ms']:.1f}",
+            f"{row['parent_ms']:.1f}",
+        )
+        for row in result["time"]
+    ]
+    parts.append(table(("a training step", "side", "over", "time ratio (repetitions)", "ms", "parent ms"), times))
+    return "\n\n".join(parts)
+
+
+def onebit_task(name: str, task: Mapping[str, Any]) -> str:
+    """Mean ± standard deviation of every side, and of its difference to the first one seed by seed, in points."""
+    metrics = list(task["frozen"])
+    first = next(iter(task["sides"].values()))["scores"][metrics[0]]
+    rows = [("no adapter", *(_spread(task["frozen"][metric]) for metric in metrics), "", "", "", "")]
+    for side, found in task["sides"].items():
+        scores = found["scores"]
+        change = [score - base for score, base in zip(scores[metrics[0]], first, strict=True)]
+        rows.append(
+            (
+                side,
+                *(_spread(scores[metric]) for metric in metrics),
+                "" if scores[metrics[0]] is first else _spread(change, sign="+"),
+                f"{found['file_bytes']:,}",
+                f"{found['learning_rate']:g}",
+                f"{found['scale']:g}",
+            )
+        )
+    size = task["rows"]
+    caption = f"{name}: {size['train']} rows to train on, {size['test']} to test, {task['steps']} steps"
+    header = (name, *metrics, f"to {next(iter(task['sides']))}", "file bytes", "rate", "scale")
+    return f"{caption}\n\n{table(header, rows)}"
+
+
 def linear_table(content: Mapping[str, Any]) -> str:
     """Time over the frozen floor of every row, from CUDA graphs."""
     lines: list[tuple[str, ...]] = []
@@ -139,6 +194,11 @@ def cells_table(cells: Sequence[Mapping[str, Any]]) -> str:
         verdict = "" if cell["value"] is None else f", {cell['verdict']}"
         rows.setdefault(cell["what"], {})[cell["peer"]] = f"{value} ({limit}{verdict})"
     return table(("ours over", *peers), [(what, *(row.get(peer, "") for peer in peers)) for what, row in rows.items()])
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.1f}{deviation}"
 
 
 def _gate(gate: Mapping[str, Any]) -> str:
