@@ -246,6 +246,29 @@ class WordOrder(Texts):
         return {"accuracy": _points((logits > 0) == self.labels[rows])}
 
 
+class Backbone:
+    """For times alone: a ViT-S/16 of random weights, which is of a usual width, on random images of 224 pixels."""
+
+    steps = 1
+    batch_size = 4
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+    def __init__(self, seed: int, *, smoke: bool = False) -> None:
+        torch.manual_seed(seed)
+        size = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+        self.base: PreTrainedModel = ViTForImageClassification(ViTConfig(num_hidden_layers=1 if smoke else 12, **size))
+        self.pixels = torch.randn(self.batch_size, 3, 224, 224)
+
+    def rows(self, part: Part) -> int:
+        return self.batch_size
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        return model(pixel_values=self.pixels[batch]).logits.square().mean()
+
+    def scores(self, model: nn.Module, part: Part) -> dict[str, float]:
+        raise NotImplementedError("random weights have no score")
+
+
 def batches(rows: int, batch_size: int, steps: int, seed: int) -> list[Tensor]:
     """`steps` batches of row numbers: every row once an epoch, in a new order each time, whole batches only."""
     order = torch.Generator().manual_seed(seed)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.gpu import reach
 
 HERE = Path(__file__).parent
+READMES = (HERE / "README.md", HERE.parent / "adapters" / "onebit" / "README.md")
 UNMEASURED = "not measured yet"
 LINEAR_COLUMNS = ("E1", "E3", "compile(E3)", "unsloth", "ours-fp32", "ours", "ours-grouped")
 STEP_COLUMNS = ("ms a step", "tokens/s", "peak MiB", "loss")
@@ -27,22 +28,26 @@ def render(results: Path) -> dict[str, str]:
     return {
         "lora_cpu": lora_cpu(_read(results / "lora_cpu.json")),
         "demo": demo(_read(results / "demo.json")),
-        "onebit": onebit(_read(results / "onebit.json")) if (results / "onebit.json").exists() else UNMEASURED,
+        **_onebit(results / "onebit.json"),
         "lora_linear": _per_gpu(gpus, "lora_linear", reach.linear_cells([]), linear_table),
         "lora_step": _per_gpu(gpus, "lora_step", reach.step_cells([]), step_table),
     }
 
 
 def fill(text: str, sections: Mapping[str, str]) -> str:
-    """The README with each section between its markers.
+    """The README with each section that it has markers for between them.
 
     Raises:
-        ValueError: the text has no pair of markers for a section.
+        ValueError: the text has no pair of markers at all, or one of no section.
     """
-    for name, section in sections.items():
+    wanted = re.findall(r"<!-- (\w+) -->\n", text)
+    if not wanted or not set(wanted) <= set(sections):
+        raise ValueError(f"README: markers {wanted} are not those of sections; there are {', '.join(sections)}.")
+    for name in wanted:
+        section = sections[name]
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"README: section {name} has no place; add <!-- {name} --> and <!-- /{name} -->.")
+            raise ValueError(f"README: section {name} has no end; add <!-- /{name} -->.")
         text = pattern.sub(lambda match, section=section: f"{match[1]}{section}\n{match[2]}", text)
     return text
 
@@ -102,6 +107,12 @@ def demo(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def _onebit(path: Path) -> dict[str, str]:
+    result = _read(path) if path.exists() else None
+    tables = {"onebit": onebit, "onebit_summary": onebit_summary}
+    return {name: make(result) if result else UNMEASURED for name, make in tables.items()}
+
+
 def onebit(result: Mapping[str, Any]) -> str:
     """The gates; per task the scores and sizes of all sides, each seed against fp32 LoRA; and the step times.
 
@@ -154,6 +165,24 @@ def onebit_task(name: str, task: Mapping[str, Any]) -> str:
     caption = f"{name}: {size['train']} rows to train on, {size['test']} to test, {task['steps']} steps"
     header = (name, *metrics, f"to {next(iter(task['sides']))}", "file bytes", "rate", "scale")
     return f"{caption}\n\n{table(header, rows)}"
+
+
+def onebit_summary(result: Mapping[str, Any]) -> str:
+    """Scores of every side, mean ± standard deviation over the seeds, and its bytes over those of fp32 LoRA."""
+    tasks = result["tasks"]
+    sides = list(next(iter(tasks.values()))["sides"])
+    metrics = {name: next(iter(task["frozen"])) for name, task in tasks.items()}
+    rows = [("no adapter", *(_spread(task["frozen"][metrics[name]]) for name, task in tasks.items()), "")]
+    for side in sides:
+        found = [task["sides"][side] for task in tasks.values()]
+        bytes_ratio = [
+            row["file_bytes"] / task["sides"][sides[0]]["file_bytes"]
+            for row, task in zip(found, tasks.values(), strict=True)
+        ]
+        scores = [_spread(row["scores"][metrics[name]]) for name, row in zip(tasks, found, strict=True)]
+        rows.append((side, *scores, f"{min(bytes_ratio):.3f} to {max(bytes_ratio):.3f}"))
+    header = ("", *(f"{name}, {metric}" for name, metric in metrics.items()), f"bytes over {sides[0]}")
+    return table(header, rows)
 
 
 def linear_table(content: Mapping[str, Any]) -> str:
@@ -231,8 +260,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    readme = HERE / "README.md"
-    readme.write_text(fill(readme.read_text(), render(HERE / "results")))
+    sections = render(HERE / "results")
+    for path in READMES:
+        path.write_text(fill(path.read_text(), sections))
 
 
 if __name__ == "__main__":

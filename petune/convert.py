@@ -14,9 +14,9 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from petune.heads import QuantizedHead, plain_head
 from petune.layer import PetuneLayer
 from petune.low_rank import Factors, LowRankLayer
+from petune.quantized.head import QuantizedHead, plain_head
 from petune.state import active_adapter, peft_config
 
 _ROOT = "base_model.model."  # of every name in a PEFT checkpoint

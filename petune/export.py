@@ -25,11 +25,11 @@ from petune.atomic import copy_over, replacing_folder
 from petune.card import CardInfo, render_card
 from petune.convert import plain_lora, unwrap_heads
 from petune.load import file_digest, load_adapter
-from petune.packed import QuantizedConfig
+from petune.quantized.slots import packed_names, packed_weights
+from petune.quantized.store import StoreReport, TaskStore, write_tasks
+from petune.quantized.tuner import QuantizedConfig
 from petune.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE, Run, describe_run, load_run
-from petune.slots import packed_names, packed_weights
 from petune.state import active_adapter, peft_config, plain_name, unwrap
-from petune.store import StoreReport, TaskStore, write_tasks
 
 __all__ = [
     "CardInfo",

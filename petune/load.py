@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from petune.fingerprint import check_fingerprint
 from petune.hub import locate_model
-from petune.packed import QuantizedConfig
+from petune.quantized.slots import packed_names
+from petune.quantized.tuner import QuantizedConfig
 from petune.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE, adapter_folder, read_run
-from petune.slots import packed_names
 from petune.state import peft_config
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")

@@ -1,15 +1,12 @@
 """Verdicts come from the rows, and benchmarks/README.md shows the committed results."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import lora_linear, report
 from benchmarks.gpu import harness, reach
-
-ROOT = Path(__file__).parent.parent
 
 
 def measured(name: str, tokens: int, dropout: float, **medians: float) -> dict[str, Any]:
@@ -66,8 +63,9 @@ def test_all_rows_of_the_goals_are_measured():
 
 
 def test_the_readme_shows_the_committed_results():
-    text = (ROOT / "benchmarks" / "README.md").read_text()
-    assert report.fill(text, report.render(harness.RESULTS)) == text, "run `python benchmarks/report.py`"
+    for path in report.READMES:
+        text = path.read_text()
+        assert report.fill(text, report.render(harness.RESULTS)) == text, "run `python benchmarks/report.py`"
 
 
 def test_what_was_not_measured_is_said_not_to_be(tmp_path):
@@ -101,6 +99,14 @@ def test_a_gpu_run_is_shown_with_its_verdicts_and_what_it_left_out(tmp_path):
         report.render(tmp_path)
 
 
-def test_a_readme_without_a_place_for_a_section_is_refused():
-    with pytest.raises(ValueError, match="section lora_cpu has no place"):
-        report.fill("# Benchmarks", {"lora_cpu": ""})
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# Benchmarks", r"markers \[\] are not those of sections; there are lora_cpu"),
+        ("<!-- lora_cpux -->\n<!-- /lora_cpux -->", r"markers \['lora_cpux'\] are not those of sections"),
+        ("<!-- lora_cpu -->\n", "section lora_cpu has no end"),
+    ],
+)
+def test_a_readme_without_a_place_for_a_section_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        report.fill(text, {"lora_cpu": ""})

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petune.packing import Entry, decode, encode, pack, packed_bytes, rebuild, unpack
-from petune.quantizer import Quantization, statistics
+from petune.quantized.packing import Entry, decode, encode, pack, packed_bytes, rebuild, unpack
+from petune.quantized.quantizer import Quantization, statistics
 
 FEW = [1, 2, 4, 8]
 

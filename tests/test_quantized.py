@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from petune.packing import Entry, encode, pack, rebuild
-from petune.quantized import PackedLinear, QuantizedLinear
-from petune.quantizer import Quantization, statistics
+from petune.quantized.linear import PackedLinear, QuantizedLinear
+from petune.quantized.packing import Entry, encode, pack, rebuild
+from petune.quantized.quantizer import Quantization, statistics
 from tests.conftest import relative_error
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petune.quantizer import BITS, EPSILON, Quantization, statistics, straight_through
+from petune.quantized.quantizer import BITS, EPSILON, Quantization, statistics, straight_through
 from tests.conftest import relative_error
 
 FEW = [bits for bits in BITS if bits < 32]

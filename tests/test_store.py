@@ -10,7 +10,7 @@ from torch import nn
 
 from petune import BiAdapterConfig, BiLoraConfig
 from petune.export import TaskStore, load_adapter, save_adapter, write_tasks
-from petune.quantized import PackedLinear, QuantizedLinear
+from petune.quantized.linear import PackedLinear, QuantizedLinear
 from tests.adapters.cases import cases
 from tests.families import FAMILIES
 

@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from petune.adapters.onebit.config import BiAdapterConfig
 from petune.config import PetuneConfig
 from petune.layer import BASE, AdapterLayer, linear_shape
-from petune.packed import PackedTuner
-from petune.quantized import PackedLinear, QuantizedLinear
+from petune.quantized.linear import PackedLinear, QuantizedLinear
+from petune.quantized.tuner import PackedTuner
 from petune.topology import find_topology, resolve_targets
 
 ROLES = {"adaptformer": ("ffn_out",), "pfeiffer": ("ffn_out",), "houlsby": ("attention_out", "ffn_out")}

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.nn import init
 
-from petune.packed import QuantizedConfig
+from petune.quantized.tuner import QuantizedConfig
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from petune.adapters.onebit.config import BiLoraConfig
 from petune.kernels.packed_lora import packed_lora
 from petune.low_rank import Factors, LowRankLayer, tensor
-from petune.quantized import PackedLinear, QuantizedLinear
+from petune.quantized.linear import PackedLinear, QuantizedLinear
 
 
 class BiLoraLayer(LowRankLayer):

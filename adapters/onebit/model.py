@@ -3,7 +3,7 @@
 from torch import nn
 
 from petune.adapters.onebit.layer import BiLoraLayer
-from petune.packed import PackedTuner
+from petune.quantized.tuner import PackedTuner
 
 _FUSED = frozenset({"c_attn", "qkv_proj", "qkv", "Wqkv"})
 """Names of layers that hold all queries, then all keys, then all values; others interleave them head by head."""

@@ -35,14 +35,17 @@ def run_export(adapter: str, form: str, output: str, push: str | None) -> int:
 
     Raises:
         FileExistsError: output holds something else.
-        UsageError: push is asked for and HF_HUB_OFFLINE is set.
+        UsageError: the method cannot be written in this form, or push is asked for and HF_HUB_OFFLINE is set.
     """
     if push is not None and constants.HF_HUB_OFFLINE:
         raise UsageError(f"--push={push} needs the hub, and HF_HUB_OFFLINE is set; unset it, or leave --push out.")
     with quiet():
         run, target = load_run(Path(adapter).expanduser()), Path(output).expanduser()
         check_target(target, _MARK[form])
-        report = _WRITERS[form](run, target)
+        try:
+            report = _WRITERS[form](run, target)
+        except (TypeError, NotImplementedError) as error:  # the method has nothing of this form, and says so
+            raise UsageError(str(error)) from error
     approximated = f" (relative error of the update {report.relative_error:.2g})" if report.relative_error else ""
     print(f"exported {report}{approximated}")
     if push is not None:

@@ -88,7 +88,6 @@ CASES = (
         packed=True,
         resumable={"storage": "latent"},
         anywhere={"placement": "pfeiffer"},
-        suite_models=(),
     ),
     Case("densedelta", DenseDeltaConfig, dropout="delta_dropout"),
     Case(

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaModel, Swinv2Config, Swinv2Model
 from petune import BiAdapterConfig, tuner
 from petune.adapters.onebit import BiAdapterLayer
 from petune.adapters.onebit.bottleneck import Reader
-from petune.packing import pack
-from petune.quantized import PackedLinear, QuantizedLinear
+from petune.quantized.linear import PackedLinear, QuantizedLinear
+from petune.quantized.packing import pack
 from petune.topology import find_topology
 from tests.adapters.harness import Batch, build, gradients, inputs, output, snapshot, train
 from tests.adapters.test_contract_errors import Int8Backend, Int8Linear

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, ViTConfig, ViTModel
 import petune.low_rank
 from petune import BiLoraConfig
 from petune.adapters.onebit import BiLoraLayer
-from petune.quantized import QuantizedLinear
+from petune.quantized.linear import QuantizedLinear
 from tests.adapters.harness import assert_same_tensors, build, inputs, output, snapshot, train
 from tests.conftest import relative_error
 

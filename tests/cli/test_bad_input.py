@@ -223,3 +223,15 @@ def test_an_option_without_a_value_is_named():
 )
 def test_the_parsers_messages_become_one_sentence(message, sentence):
     assert explain(message).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [("merged", r"contains a ReLU and cannot be merged; use unload"), ("lora", "do not support LoRA conversion")],
+)
+def test_a_method_that_has_nothing_of_a_form_says_so(said, fit, tmp_path, form, message):
+    bottleneck = [argument.replace("lora", "biadapter") if argument == "lora" else argument for argument in fit]
+    assert main(bottleneck) == 0
+    error = said(["export", "--adapter", tmp_path / "run", "--format", form, "--output", tmp_path / "out"], 2)
+    assert message in error
+    assert not (tmp_path / "out").exists()

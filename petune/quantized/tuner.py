@@ -12,10 +12,10 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from petune.config import PetuneConfig
-from petune.heads import QuantizedHead, is_wrapped
-from petune.packing import Entry, decode, encode, rebuild
-from petune.quantized import PackedLinear, QuantizedLinear
-from petune.quantizer import BITS, CODEBOOKS, GRANULARITIES, Quantization
+from petune.quantized.head import QuantizedHead, is_wrapped
+from petune.quantized.linear import PackedLinear, QuantizedLinear
+from petune.quantized.packing import Entry, decode, encode, rebuild
+from petune.quantized.quantizer import BITS, CODEBOOKS, GRANULARITIES, Quantization
 from petune.state import plain_name
 from petune.topology import closest_modules
 from petune.tuner import PetuneTuner
@@ -237,8 +237,9 @@ def quantized_weights(model: nn.Module, adapter_name: str) -> list[tuple[Entry, 
 def _entries(model: nn.Module, adapter_name: str) -> Iterator[tuple[Entry, str]]:
     for path, module in model.named_modules():
         parts = plain_name(path).split(".")
-        quantised = isinstance(module, QuantizedLinear | PackedLinear) and module.quantization.active
-        if quantised and adapter_name in parts:
+        if not isinstance(module, QuantizedLinear | PackedLinear):
+            continue
+        if module.quantization.active and adapter_name in parts:
             at = len(parts) - 1 - parts[::-1].index(adapter_name)
             name = ".".join(parts[:at] + parts[at + 1 :])
             name = name if name.startswith(_ROOT) else _ROOT + name

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from petune.kernels.packed_lora import unpacked
-from petune.packing import packed_bytes
-from petune.quantizer import Quantization, statistics, straight_through
+from petune.quantized.packing import packed_bytes
+from petune.quantized.quantizer import Quantization, statistics, straight_through
 
 _steps_taken = 0  # by every optimizer of the process
 
@@ -18,11 +18,11 @@ class QuantizedLinear(nn.Linear):
     """y = x Ŵᵀ + b, Ŵ the quantised latent: the parametrisation that every method of few bits shares
 
     `weight` is the latent W, which trains; `quantized()` is Ŵ, for layers that hand it to an operator of their own.
-    Adapters made of such modules are saved in packed form by `petune.packed.PackedTuner`.
+    Adapters made of such modules are saved in packed form by `petune.quantized.tuner.PackedTuner`.
 
     Attributes:
         anchor: float32, [rows, 4]; ties the statistics of a loaded latent to the stored ones
-            (`petune.quantizer.statistics`). Zero until a packed checkpoint is loaded.
+            (`petune.quantized.quantizer.statistics`). Zero until a packed checkpoint is loaded.
     """
 
     anchor: Tensor
@@ -56,7 +56,7 @@ class QuantizedLinear(nn.Linear):
         return statistics(self.weight, len(self.anchor), self.anchor)
 
     def forward(self, input: Tensor) -> Tensor:
-        bias: Tensor | None = self.bias
+        bias = self._parameters["bias"]
         return F.linear(input, self.quantized().to(input.dtype), None if bias is None else bias.to(input.dtype))
 
     def train(self, mode: bool = True) -> "QuantizedLinear":
@@ -99,7 +99,7 @@ class PackedLinear(nn.Module):
     """y = x Ŵᵀ of stored codes: the form for inference, 32 times smaller than a float32 weight at 1 bit
 
     Attributes:
-        bits: uint8; codes as `petune.packing.pack` writes them.
+        bits: uint8; codes as `petune.quantized.packing.pack` writes them.
         stats: (μ, σ) of each row, float32, [rows, 2].
     """
 

@@ -9,9 +9,9 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
-from petune.packed import QuantizedConfig, layout_digest, quantized_weights
-from petune.packing import Entry, decode, packed_bytes
-from petune.quantized import PackedLinear
+from petune.quantized.linear import PackedLinear
+from petune.quantized.packing import Entry, decode, packed_bytes
+from petune.quantized.tuner import QuantizedConfig, layout_digest, quantized_weights
 from petune.state import adapter_keys, plain_name
 
 _ROOT = "base_model.model."  # of every name in a PEFT checkpoint

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from petune.fingerprint import base_fingerprint
 from petune.load import check_weights, read_adapter_config
-from petune.packed import QuantizedConfig
-from petune.packing import Entry, encode
+from petune.quantized.packing import Entry, encode
+from petune.quantized.slots import packed_names
+from petune.quantized.tuner import QuantizedConfig
 from petune.registry import methods
 from petune.run import ADAPTER_WEIGHTS, adapter_folder, read_run
-from petune.slots import packed_names
 from petune.state import active_adapter, peft_config, plain_name, unwrap
 
 Source = PeftModel | str | Path

@@ -8,15 +8,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from petune.layer import linear_shape
-from petune.quantized import QuantizedLinear
-from petune.quantizer import Quantization
+from petune.quantized.linear import QuantizedLinear
+from petune.quantized.quantizer import Quantization
 
 
 class QuantizedHead(ModulesToSaveWrapper):
     """logits = x Ŵᵀ in the place of a linear head, one Ŵ an adapter, without a bias
 
-    Switching, disabling and deleting are PEFT's. `petune.packed.PackedTuner` saves and loads the latents, so that PEFT
-    finds none here. Merged or unloaded it is a plain Linear.
+    Switching, disabling and deleting are PEFT's. `petune.quantized.tuner.PackedTuner` saves and loads the latents, so
+    that PEFT finds none here. Merged or unloaded it is a plain Linear.
     """
 
     def __init__(self, head: nn.Module, adapter_name: str, quantization: Quantization) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from petune.quantizer import EPSILON, Quantization, statistics
+from petune.quantized.quantizer import EPSILON, Quantization, statistics
 
 
 class Entry(NamedTuple):

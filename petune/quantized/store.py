@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from petune.atomic import replacing_file
 from petune.fingerprint import base_fingerprint, compare_fingerprints
-from petune.slots import fill
+from petune.quantized.slots import fill
+from petune.quantized.stored import ROOT, Source, Task, TaskBytes, labels_of, read_task, sum_up, task_digest
 from petune.state import active_adapter, peft_config, unwrap
-from petune.stored import ROOT, Source, Task, TaskBytes, labels_of, read_task, sum_up, task_digest
 
 _INDEX, _FORMAT = "petune_tasks", 1
 _SHARED = ("config", "base", "labels")  # what a store holds once for all tasks that have the same

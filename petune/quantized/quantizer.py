@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -118,20 +119,37 @@ class _StraightThrough(torch.autograd.Function):
         latent, values, stats, anchor = ctx.saved_tensors
         rows = len(stats)
         g, w, quantized = (_in_rows(tensor, rows) for tensor in (gradient, latent, values))
-        mean, std = stats.split(1, dim=1)
-        constant = std == 0
-        safe = torch.where(constant, 1.0, std)
-        ratio = torch.where(constant, 1.0, std / (std + EPSILON))  # g_z / (σ + ε) = ratio · G
-        total = g.sum(1, keepdim=True)
-        # Σ G q from Ŵ = q σ + μ; and m, s from the anchor: μ = μ₀ + m − m₀
-        codes = ((g * quantized).sum(1, keepdim=True) - mean * total) / safe
-        centred = (g * w).sum(1, keepdim=True) - mean * total
-        m, s = (stats - anchor[:, :2] + anchor[:, 2:]).split(1, dim=1)
-        slope = (codes - ratio * centred / (std + EPSILON)) / ((w.shape[1] - 1) * s)
-        slope = torch.where(constant | (s == 0), 0.0, slope)
-        shift = (1.0 - ratio) * total / w.shape[1]
-        found = torch.addcmul(shift - slope * m, slope, w).addcmul_(ratio, g)
+        sums = g.sum(1, keepdim=True), (g * quantized).sum(1, keepdim=True), (g * w).sum(1, keepdim=True)
+        if g.device.type != "cpu" or torch.compiler.is_compiling() or type(g) is not Tensor:
+            ratio, slope, shift = _terms(torch.where, *sums, stats, anchor, w.shape[1])
+        else:  # three dozen operations on a number or two each: NumPy takes a tenth of torch's time for them
+            total, other, weighted = (tensor.numpy() for tensor in sums)
+            terms = _terms(np.where, total, other, weighted, stats.numpy(), anchor.numpy(), w.shape[1])
+            ratio, slope, shift = map(torch.from_numpy, terms)
+        found = torch.addcmul(shift, slope, w).addcmul_(ratio, g)
         return found.view_as(latent).to(latent.dtype), None, None, None
+
+
+def _terms(
+    where: Any, total: Any, quantized: Any, weighted: Any, stats: Any, anchor: Any, size: int
+) -> tuple[Any, Any, Any]:
+    """a, b and c, [rows, 1], of ∂L/∂W = a G + b W + c, as `straight_through` has it; of tensors, or of arrays.
+
+    Args:
+        total, quantized, weighted: Σ G, Σ G Ŵ and Σ G W, [rows, 1].
+        size: weights of a row.
+    """
+    mean, std = stats[:, :1], stats[:, 1:]
+    own = stats - anchor[:, :2] + anchor[:, 2:]  # the anchor's formula the other way round
+    flat = (std == 0) | (own[:, 1:] == 0)
+    width = where(std == 0, 1.0, std + EPSILON)
+    ratio = where(std == 0, 1.0, std / width)  # g_z / (σ + ε) = ratio · G
+    # Σ G q from Ŵ = q σ + μ
+    codes = (quantized - mean * total) / where(flat, 1.0, std)
+    slope = (codes - ratio * (weighted - mean * total) / width) / ((size - 1) * where(flat, 1.0, own[:, 1:]))
+    slope = where(flat, 0.0, slope)
+    shift = (1.0 - ratio) * total / size - slope * own[:, :1]
+    return ratio, slope, shift
 
 
 def _in_rows(tensor: Tensor, rows: int) -> Tensor:
