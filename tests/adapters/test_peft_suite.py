@@ -27,7 +27,7 @@ def test_row(name, model_id, config_cls, config_kwargs):
     assert HELPER == 1
     assert config_cls.__name__ != "IA3Config"
     kind = config_cls(**config_kwargs).peft_type.removeprefix("PETUNE_")
-    assert kind in ("LORA", "BIADAPTER", "BILORA", "DENSEDELTA", "RELUDELTA")
+    assert kind in ("LORA", "BILORA", "DENSEDELTA", "RELUDELTA")
     print(config_cls.__name__)
 
 

@@ -60,7 +60,7 @@ def _rows(case: Case) -> list[tuple[str, str, type, dict[str, Any]]]:
     ]
     if case.dropout:
         fields.append(("MLP", {"target_modules": ["lin0"], case.dropout: 0.1}))
-    own = {**case.options, **case.resumable, **case.anywhere}
+    own = {**case.options, **case.resumable}
     return [
         (f"{model} {number} {case.name}", model, case.config_cls, {**own, **options})
         for number, (model, options) in enumerate(fields)
@@ -75,7 +75,7 @@ def several_active_cases(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         return kept
     for case in OWN:
         if case.several_active and "MLP" in case.suite_models:
-            options = {**case.options, **case.resumable, **case.anywhere, **case.random_start}
+            options = {**case.options, **case.resumable, **case.random_start}
             lin0, lin1 = ({**options, "target_modules": [name]} for name in ("lin0", "lin1"))
             kept += [(f"{case.name} same", case.name, case.config_cls, lin0, lin0)]
             kept += [(f"{case.name} different", case.name, case.config_cls, lin0, lin1)]
