@@ -250,7 +250,7 @@ class Backbone:
     """For times alone: a ViT-S/16 of random weights, which is of a usual width, on random images of 224 pixels."""
 
     steps = 1
-    batch_size = 4
+    batch_size = 1
     targets: tuple[str, ...] = ("q_proj", "v_proj")
 
     def __init__(self, seed: int, *, smoke: bool = False) -> None:
