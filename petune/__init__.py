@@ -5,6 +5,7 @@ is imported first. Nothing heavy is imported before that, so the command line an
 """
 
 import importlib
+import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,11 @@ def __dir__() -> list[str]:
 
 
 def _register_methods(peft: ModuleType) -> None:
-    importlib.import_module("petune.adapters")
+    # A module of ours that is the first to import PEFT is not whole yet, and the methods need it: then they follow
+    # with the next name that is asked of this package, or the next method that is registered.
+    ours = [module for name, module in list(sys.modules.items()) if name.startswith("petune.")]
+    if not any(getattr(module.__spec__, "_initializing", False) for module in ours):
+        importlib.import_module("petune.adapters")
 
 
 wrapt.register_post_import_hook(_register_methods, "peft")

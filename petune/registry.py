@@ -1,5 +1,7 @@
 """How PEFT is extended: the only file that touches PEFT's enum and its four tables."""
 
+import importlib
+import sys
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -98,6 +100,8 @@ def register_method(name: str, *, config_cls: type[PeftConfig], model_cls: type[
     if known is not None and not _same_class(known.config_cls, config_cls):
         raise ValueError(f"register_method: the name {name!r} belongs to {_where(known.config_cls)}; choose another.")
     _methods[name] = Method(name, kind, config_cls, model_cls)
+    if "petune.adapters" not in sys.modules:  # see petune/__init__.py
+        importlib.import_module("petune.adapters")
     return kind
 
 
