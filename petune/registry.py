@@ -37,7 +37,14 @@ _methods: dict[str, Method] = {}
 
 def methods() -> dict[str, Method]:
     """All methods registered so far, by short name."""
+    _complete()
     return dict(_methods)
+
+
+def _complete() -> None:
+    """Register our own methods where the import of PEFT could not (see petune/__init__.py)."""
+    if "petune.adapters" not in sys.modules:
+        importlib.import_module("petune.adapters")
 
 
 def peft_type(name: str) -> PeftType:
@@ -100,8 +107,7 @@ def register_method(name: str, *, config_cls: type[PeftConfig], model_cls: type[
     if known is not None and not _same_class(known.config_cls, config_cls):
         raise ValueError(f"register_method: the name {name!r} belongs to {_where(known.config_cls)}; choose another.")
     _methods[name] = Method(name, kind, config_cls, model_cls)
-    if "petune.adapters" not in sys.modules:  # see petune/__init__.py
-        importlib.import_module("petune.adapters")
+    _complete()
     return kind
 
 
