@@ -154,3 +154,10 @@ def test_public_names_are_few_and_all_there():
     assert all(getattr(petune, name) is not None for name in petune.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = petune.nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["config", "layer", "tuner", "registry", "low_rank", "quantized.tuner", "export"])
+def test_the_methods_are_complete_whichever_module_of_ours_imports_peft_first(first):
+    found = run(f"import petune.{first}; from petune.registry import methods; print(*sorted(methods()))")
+    assert {"biadapter", "bilora", "lora"} <= set(found.split())
