@@ -24,7 +24,7 @@ types: $(READY)
 	$(BIN)/pyright
 
 notebooks: $(READY)  ## run every notebook from top to bottom
-	$(BIN)/python -m pytest -n 0 notebooks
+	$(BIN)/python -m pytest -n 2 notebooks
 
 peft-suite: $(READY)  ## PEFT's own tests, with our methods in the place of its LoRA
 	$(BIN)/python tests/adapters/peft_suite/run.py -n 2

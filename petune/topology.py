@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from torch import nn
 
@@ -170,6 +171,12 @@ def target_pattern(model: nn.Module, names: Sequence[str]) -> str:
     pattern = "|".join(parts)
     exact = {name for name in known if re.fullmatch(pattern, name)} == wanted
     return pattern if exact else "|".join(map(re.escape, dict.fromkeys(names)))
+
+
+def common_parent(*names: str) -> str:
+    """Name of the innermost module that holds all the modules of these names; "" for the model itself."""
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 def closest_modules(model: nn.Module, wanted: str | Sequence[str], n: int = 5) -> list[str]:

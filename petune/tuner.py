@@ -14,7 +14,6 @@ from peft.tuners.tuners_utils import (
     _ExcludedModule,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
-    check_target_module_exists,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
@@ -26,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from petune.block_layer import PetuneBlock
 from petune.blocks import has_width
 from petune.config import PetuneConfig
+from petune.hooks import remove_hooks
 from petune.layer import BASE, AdapterLayer
 from petune.topology import closest_modules, find_topology, resolve_targets
 
@@ -94,16 +94,20 @@ class PetuneTuner(BaseTuner):
             skip = HEAD_NAMES | set(config.modules_to_save or ())
             names = [name for name, module in modules if self._supports(module) and not skip & set(name.split("."))]
             config.target_modules = set(self._in_layers(config, names))  # pyright: ignore[reportAttributeAccessIssue]
-        found = [(name, module) for name, module in modules if name and _matches(config, name)]
+        found = [(name, module) for name, module in modules if name and self._matches(config, name)]
         if not found:
             raise self._no_match(config, model)
         return found
+
+    def _matches(self, config: PetuneConfig, name: str) -> bool:
+        found = self._check_target_module_exists(config, name)
+        return bool(found) and not isinstance(found, _ExcludedModule)
 
     def _no_match(self, config: PetuneConfig, model: nn.Module) -> NoMatchingPeftModuleError:
         wanted = config.target_modules or ""
         near = closest_modules(model, wanted if isinstance(wanted, str) else sorted(wanted))
         hidden = [name for name, _ in model.named_modules() if _inside_tuner_layer(model, name)]
-        found = next((name for name in hidden if _matches(config, name)), None)
+        found = next((name for name in hidden if self._matches(config, name)), None)
         inside = f"{found!r} lies inside an adapted module, so add this adapter before that one; " if found else ""
         return NoMatchingPeftModuleError(
             f"no module matched target_modules={wanted!r} in {type(model).__name__}"
@@ -179,22 +183,59 @@ class PetuneTuner(BaseTuner):
         **_: Any,
     ) -> None:
         if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, peft_config)
-            return
-        layer = self.make_layer(target, current_key)
-        layer.quantization_backend = self._quantization_backend(target)
+            layer = target
+        else:
+            layer = self.make_layer(target, current_key)
+            layer.quantization_backend = self._quantization_backend(target)
+        self.prepare_layer(layer, current_key, adapter_name, peft_config)
         layer.update_layer(adapter_name, peft_config)
-        self._replace_module(parent, target_name, layer, target)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
 
     def make_layer(self, target: nn.Module, name: str) -> AdapterLayer:
         """The layer that takes the place of `target`, the module `name` of the model, without an adapter yet."""
         return self.tuner_layer_cls(target)  # `target` may be another method's layer: it is wrapped as it stands
+
+    def prepare_layer(self, layer: AdapterLayer, name: str, adapter_name: str, config: PetuneConfig) -> None:
+        """What only this method does with `layer`, module `name` of the model, before an adapter is added to it."""
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if hasattr(new_module, "base_layer"):
             super()._replace_module(parent, child_name, new_module, child)
         else:  # unloading: PEFT would ask a trained head for its `weight`, which RoBERTa's has not (peft 0.21.2)
             setattr(parent, child_name, new_module)
+
+    # --- training ---
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """What the active adapters want added to the task's loss, after a forward in training; None for nothing.
+
+        It is added to `output.loss`; who computes a loss of his own adds it himself.
+        """
+        return None
+
+    def before_forward(self) -> None:
+        """Runs before each forward of the model, of a method that has an auxiliary loss."""
+
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        # PeftModel without a task_type, and transformers' add_adapter, call the base model and not this module
+        if type(self).auxiliary_loss is not PetuneTuner.auxiliary_loss:
+            model.register_forward_pre_hook(self._before)
+            model.register_forward_hook(self._after)
+
+    def _before(self, _: nn.Module, __: Any) -> None:
+        self.before_forward()
+
+    def _after(self, model: nn.Module, _: Any, output: Any) -> None:
+        if model.training and getattr(output, "loss", None) is not None:
+            extra = self.auxiliary_loss()
+            if extra is not None:
+                output.loss = output.loss + extra
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        remove_hooks(self.model, lambda hook: getattr(hook, "__self__", None) is self)
+        return unloaded
 
     # --- mixed batches ---
 
@@ -314,11 +355,6 @@ def base_shape(model: nn.Module) -> dict[str, int | str]:
     """Model type and sizes by which an adapter knows its base: {} for a model without a Hugging Face config."""
     config = getattr(model, "config", None)
     return {name: getattr(config, name) for name in _SHAPE if getattr(config, name, None) is not None}
-
-
-def _matches(config: PetuneConfig, name: str) -> bool:
-    found = check_target_module_exists(config, name)
-    return bool(found) and not isinstance(found, _ExcludedModule)
 
 
 def _say(shape: dict[str, int | str]) -> str:

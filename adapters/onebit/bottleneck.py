@@ -2,7 +2,6 @@
 
 import copy
 import math
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -13,10 +12,11 @@ from torch.utils.hooks import RemovableHandle
 
 from petune.adapters.onebit.config import BiAdapterConfig
 from petune.config import PetuneConfig
+from petune.hooks import remove_hooks
 from petune.layer import BASE, AdapterLayer, linear_shape
 from petune.quantized.linear import PackedLinear, QuantizedLinear
 from petune.quantized.tuner import PackedTuner
-from petune.topology import find_topology, resolve_targets
+from petune.topology import common_parent, find_topology, resolve_targets
 
 ROLES = {"adaptformer": ("ffn_out",), "pfeiffer": ("ffn_out",), "houlsby": ("attention_out", "ffn_out")}
 """Default targets of each placement."""
@@ -187,40 +187,24 @@ class BiAdapterModel(PackedTuner):
                 )
             self._readers[name] = known[name]
 
-    def _create_and_replace(
-        self,
-        peft_config: PetuneConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        assert isinstance(peft_config, BiAdapterConfig)
-        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, **kwargs)
-        if current_key not in self._readers:
+    def prepare_layer(self, layer: AdapterLayer, name: str, adapter_name: str, config: PetuneConfig) -> None:
+        """Lets the layer watch the module whose input its adapter reads."""
+        assert isinstance(layer, BiAdapterLayer)
+        assert isinstance(config, BiAdapterConfig)
+        super().prepare_layer(layer, name, adapter_name, config)
+        if name not in self._readers:
             return
-        name = self._readers[current_key]
-        reader = self.model.get_submodule(name)
+        path = self._readers[name]
+        reader = self.model.get_submodule(path)
         if isinstance(reader, BaseTunerLayer):  # another method's, which may be unloaded before this one
             reader = reader.get_base_layer()
-        around = _common(current_key, name)
-        layer: Any = getattr(parent, target_name)
-        layer.watch(peft_config.adapter_input, name, reader, self.model.get_submodule(around))
+        layer.watch(config.adapter_input, path, reader, self.model.get_submodule(common_parent(name, path)))
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for module in self.model.modules():  # copies of a watched norm, in modules_to_save, are watched as well
-            for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, Reader)]:
-                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        # copies of a watched norm, in modules_to_save, are watched as well
+        remove_hooks(self.model, lambda hook: isinstance(hook, Reader))
         return model
-
-
-def _common(left: str, right: str) -> str:
-    """Name of the innermost module that holds both."""
-    pairs = zip(left.split("."), right.split("."), strict=False)
-    return ".".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _find_readers(config: BiAdapterConfig, model: nn.Module) -> dict[str, str]:

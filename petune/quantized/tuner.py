@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from petune.config import PetuneConfig
+from petune.layer import AdapterLayer
 from petune.quantized.head import QuantizedHead, is_wrapped
 from petune.quantized.linear import PackedLinear, QuantizedLinear
 from petune.quantized.packing import Entry, decode, encode, rebuild
@@ -96,20 +97,11 @@ class PackedTuner(PetuneTuner):
         if is_wrapped(head) or around or name in targets:
             config.refuse("bi_head", "is trained in another way already, by modules_to_save, task_type or an adapter")
 
-    def _create_and_replace(
-        self,
-        peft_config: PetuneConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        assert isinstance(peft_config, QuantizedConfig)
-        if peft_config.bi_head is not None:
-            self._put_head(peft_config, adapter_name)
-        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+    def prepare_layer(self, layer: AdapterLayer, name: str, adapter_name: str, config: PetuneConfig) -> None:
+        """Puts the quantised head in, before the first of the layers."""
+        assert isinstance(config, QuantizedConfig)
+        if config.bi_head is not None:
+            self._put_head(config, adapter_name)
 
     def _put_head(self, config: QuantizedConfig, adapter_name: str) -> None:
         name, head = _heads(config, self.model)[0]
