@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,7 +55,7 @@ def known(key: Key, default: str, device: torch.device) -> str | None:
     return default if torch.are_deterministic_algorithms_enabled() else _chosen.get((device, key))
 
 
-def choose(key: Key, candidates: Candidates, default: str, device: torch.device) -> str:
+def choose(key: Key, candidates: Candidates, default: str, device: torch.device, *, on_cpu: bool = False) -> str:
     """The name of the fastest candidate: known to the process, or to the table on disk, or found by one trial.
 
     The default is taken with `PETUNE_TUNE=0`, in torch's deterministic mode (a timing, and with it a rounding, may
@@ -65,6 +66,7 @@ def choose(key: Key, candidates: Candidates, default: str, device: torch.device)
         candidates: by name, a call that launches the variant on real inputs; each runs several times.
         default: the candidate that needs no trial.
         device: of the inputs.
+        on_cpu: time on a CPU as well, anew in every process.
 
     Raises:
         Exception: of the default, where no candidate runs.
@@ -74,6 +76,9 @@ def choose(key: Key, candidates: Candidates, default: str, device: torch.device)
         return default
     choice = _chosen.get((device, key))
     if choice is None or choice not in candidates:
+        if on_cpu and device.type == "cpu" and _may_tune():
+            choice = _chosen[device, key] = _fastest_on_cpu(candidates)
+            return choice
         return _look_up_or_time(key, candidates, default, device)
     return choice
 
@@ -154,6 +159,17 @@ def _times(candidates: Candidates, device: torch.device) -> dict[str, float]:
                 spans[name].append((start, end))
         torch.cuda.synchronize()
     return {name: 1e3 * median(start.elapsed_time(end) for start, end in pairs) for name, pairs in spans.items()}
+
+
+def _fastest_on_cpu(candidates: Candidates) -> str:
+    spans: dict[str, list[float]] = {name: [] for name in candidates}
+    with torch.no_grad():
+        for _ in range(_REPETITIONS + 1):
+            for name, run in candidates.items():
+                start = time.perf_counter()
+                run()
+                spans[name].append(time.perf_counter() - start)
+    return min(spans, key=lambda name: median(spans[name][1:]))  # the first call warms up
 
 
 # --- the table on disk ---------------------------------------------------------------------------------------------

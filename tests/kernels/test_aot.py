@@ -16,14 +16,16 @@ from triton.runtime.jit import JITFunction
 import petune.kernels
 from petune.kernels.chooser import Config
 from petune.kernels.dropout import Mask
+from petune.kernels.expert_linear import kernel as experts
 from petune.kernels.gated_lora import gate
 from petune.kernels.lora_linear import gemm, skinny
 from petune.kernels.packed_lora import kernel as packed
+from petune.kernels.residual_low_rank import kernel as residual
 from tests.kernels import aot
 from tests.kernels.aot import Build
 
 SHARED_BYTES = {80: 166912, 86: 101376, 90: 232448, 100: 232448}  # what one block may have: A100, RTX 3090, H100, B200
-WITHOUT_PRODUCTS = {"_sum_kernel", "_gate_forward_kernel", "_gate_backward_kernel"}
+WITHOUT_PRODUCTS = {"_sum_kernel", "_expert_sum_kernel", "_gate_forward_kernel", "_gate_backward_kernel"}
 TOKENS, IN, OUT = 8192, 4096, 1024
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SCALE = 2.0
@@ -136,6 +138,62 @@ def of_packed_expand(dtype: torch.dtype, rank: int, config: Config | None) -> La
     }
 
 
+def of_expert_product(dtype: torch.dtype, rank: int, config: Config | None) -> Launches:
+    def layers(size: int, width: int) -> tuple[Callable[[], object], Callable[[], object]]:
+        x, h, weight = (of(*shape, dtype=dtype) for shape in ((TOKENS, width), (4 * TOKENS, size), (64, size, width)))
+        tokens, offsets = of(4 * TOKENS, dtype=torch.int64), of(65, dtype=torch.int64)
+        bias, fixed = of(64, size, dtype=dtype), {"pairs": 4 * TOKENS, "config": config}
+        return (
+            lambda: experts.product(x, weight, offsets, tokens=tokens, bias=bias, **fixed),
+            lambda: experts.product(h, weight.mT, offsets, **fixed),
+        )
+
+    # 3072 / 64 and 11008 / 64 neurons an expert
+    (in_48, out_48), (in_172, out_172), (odd, _) = layers(48, 768), layers(172, 4096), layers(37, 333)
+    return {"in 48": in_48, "out 48": out_48, "in 172": in_172, "out 172": out_172, "odd": odd}
+
+
+def of_expert_sum(dtype: torch.dtype, rank: int, config: Config | None) -> Launches:
+    q, places, bias = of(16 * TOKENS, IN, dtype=dtype), of(TOKENS, 16, dtype=torch.int64), of(IN, dtype=dtype)
+    odd_q, odd_places = of(777 * 3, 333, dtype=dtype), of(777, 3, dtype=torch.int64)
+    return {
+        "bias": lambda: experts.add_up(q, places, bias),
+        "odd": lambda: experts.add_up(odd_q, odd_places, None),
+    }
+
+
+def of_residual_expand(dtype: torch.dtype, rank: int, config: Config | None) -> Launches:
+    u, s, up, gate = (of(*shape, dtype=dtype) for shape in ((TOKENS, IN), (TOKENS, rank), (IN, rank), (IN,)))
+    odd, odd_s, odd_up = of(777, 333, dtype=dtype), of(777, rank - 1, dtype=dtype), of(333, rank - 1, dtype=dtype)
+    return {
+        "plain": lambda: residual.expand(u, s, up, gate, config=config),
+        "fp32 factors": lambda: residual.expand(u, s, up.to(FP32), gate.to(FP32), config=config),
+        "fp32 stream": lambda: residual.expand(u.to(FP32), s, up.to(FP32), gate.to(FP32), config=config),
+        "odd": lambda: residual.expand(odd, odd_s, odd_up, of(333, dtype=dtype), config=config),
+    }
+
+
+def of_residual_backward(dtype: torch.dtype, rank: int, config: Config | None) -> Launches:
+    assert config
+    two_sums = config.form != residual.APART
+    every, frozen_u = (True, two_sums, True, True), (False, two_sums, True, True)
+
+    def launch(needs: tuple[bool, ...], stream: torch.dtype, factors: torch.dtype, tokens=TOKENS, features=IN, r=rank):
+        dz, s, gate = of(tokens, features, dtype=stream), of(tokens, r, dtype=dtype), of(features, dtype=factors)
+        down = of(r, features, dtype=factors)
+        return lambda: residual.gradients(dz, dz, s, s, down, gate, needs=needs, config=config)
+
+    return {
+        "plain": launch(every, dtype, dtype),
+        "fp32 factors": launch(every, dtype, FP32),
+        "fp32 stream": launch(every, FP32, FP32),
+        "frozen u": launch(frozen_u, dtype, FP32),
+        "frozen map": launch((True, False, False, False), dtype, FP32),
+        "few tokens": launch(every, dtype, FP32, tokens=16),
+        "odd": launch(every, dtype, dtype, 777, 333, rank - 1),
+    }
+
+
 def codes(rows: int, columns: int, bits: int) -> Tensor:
     return of(-(-rows * columns * bits // 8), dtype=torch.uint8)
 
@@ -146,15 +204,20 @@ def levels(rows: int, bits: int) -> Tensor:
 
 LAUNCHES = {
     "shrink": of_shrink, "dual": of_dual, "outer": of_outer, "expand": of_expand, "gemm": of_gemm, "gate": of_gate,
-    "packed_shrink": of_packed_shrink, "packed_expand": of_packed_expand,
+    "packed_shrink": of_packed_shrink, "packed_expand": of_packed_expand, "expert_product": of_expert_product,
+    "expert_sum": of_expert_sum, "residual_expand": of_residual_expand, "residual_backward": of_residual_backward,
 }  # fmt: skip
 
 
 def configs(op: str, dtype: torch.dtype, rank: int, arch: int) -> tuple[Config | None, ...]:
-    if op == "gate":
+    if op in ("gate", "expert_sum"):
         return (None,)
+    if op == "expert_product":
+        return experts.configs(dtype, divmod(arch, 10))
     if op.startswith("packed_"):
         return packed.configs(op.removeprefix("packed_"), dtype)
+    if op.startswith("residual_"):
+        return (residual.configs(op.removeprefix("residual_"), dtype, rank, divmod(arch, 10)),)
     if op == "gemm":
         return gemm.configs(dtype, rank, divmod(arch, 10))
     return skinny.configs(op, dtype, rank, divmod(arch, 10))

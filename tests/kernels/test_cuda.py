@@ -8,6 +8,7 @@ from torch import Tensor
 
 from petune.kernels.lora_linear import lora_linear
 from petune.kernels.packed_lora import packed_lora, unpacked
+from petune.kernels.residual_low_rank import residual_low_rank
 from tests.conftest import relative_error
 
 pytestmark = [
@@ -75,6 +76,30 @@ def test_packed_factors_of_real_sizes_match_float64(dtype, sizes, rank, bits):
     reference += SCALE * (x.double() @ dense[0].T) @ dense[1].T
     # the levels, s, the low-rank term and y are each rounded once
     assert relative_error(y, reference) <= {torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float32: 1e-5}[dtype]
+
+
+@pytest.mark.parametrize("rank", [1, 32, 64, 205, 256])
+@pytest.mark.parametrize("sizes", [(8192, 4096), (3001, 777), (1, 4096), (64, 1024)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_gated_residual_of_real_sizes_matches_float64_and_itself(dtype, sizes, rank):
+    (tokens, features), cuda = sizes, {"device": "cuda"}
+    u, dz = (torch.randn(tokens, features, **cuda).to(dtype) for _ in range(2))
+    down, up = torch.randn(rank, features, **cuda) * features**-0.5, torch.randn(features, rank, **cuda) * rank**-0.5
+    gate = torch.rand(features, **cuda) * (torch.rand(features, **cuda) > 0.25)
+    tensors = [t.requires_grad_() for t in (u, down, up, gate)]
+
+    def run() -> list[Tensor]:
+        z = residual_low_rank(*tensors)
+        return [z, *torch.autograd.grad(z, tensors, dz)]
+
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    z = exact[3] * (exact[0] + (exact[0] @ exact[1].T) @ exact[2].T)
+    references = [z, *torch.autograd.grad(z, exact, dz.double())]
+    # s, ds and every result are each rounded once
+    limit = {torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float32: 1e-5}[dtype]
+    for out, again, reference in zip(run(), run(), references, strict=True):
+        assert torch.equal(out, again)
+        assert relative_error(out, reference) <= limit
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])

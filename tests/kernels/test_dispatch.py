@@ -142,5 +142,5 @@ def test_autocast_is_off_inside(monkeypatch):
 
 
 def test_every_operator_has_a_kernel_module_of_the_name_the_dispatcher_imports():
-    for name in ("lora_linear", "lora_group", "gated_lora"):
+    for name in ("lora_linear", "lora_group", "gated_lora", "residual_low_rank"):
         assert importlib.util.find_spec(f"petune.kernels.{name}.kernel")

@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[2]
 LAUNCH, *LINEAR = "launch.py", *(f"lora_linear/{name}.py" for name in ("kernel", "skinny", "sums", "gemm"))
 KERNEL, SKINNY, SUMS, GEMM = LINEAR
 PACKED = "packed_lora/kernel.py"
+EXPERTS = "expert_linear/kernel.py"
+RESIDUAL = "residual_low_rank/kernel.py"
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("PETUNE_TEST_DEVICE") == "cuda", reason="what the tests notice is the same on a CPU"
@@ -46,6 +48,17 @@ UPDATE = "packed_lora test_the_update_matches_float64 and float32"
 RANKS = "packed_lora test_any_number_of_tokens_and_any_rank"
 BLOCKS = "packed_lora test_shapes_need_not_fit_the_blocks and small-many"
 LAYOUTS = "packed_lora test_any_strides_are_read_in_place"
+PAIRS = "expert_linear test_both_match_float64 and float32"
+UNEVEN = "expert_linear test_experts_may_have_any_number_of_pairs"
+WITHIN = "expert_linear test_any_strides_are_read_in_place and strided"
+WHOLE = "expert_linear test_outputs_are_written_whole and float32"
+PLACES = "expert_linear test_every_place_of_a_token"
+TILES = "residual_low_rank test_shapes_need_not_fit_the_blocks and small"
+BOTH = "residual_low_rank test_both_kernels_match_float64 and float32"
+EDGES = "residual_low_rank test_any_strides_are_read_in_place and strided"
+OWN = "residual_low_rank test_tensors_of_different_strides"
+FILLED = "residual_low_rank test_outputs_are_written_whole"
+BACK = "residual_low_rank test_output_and_every_gradient and float32-same"
 GATE = "gated_lora test_output_and_gradients_match_float64 and float32 and silu"
 GROUP = "lora_group test_outputs_and_gradients_match_float64 and float32 and same"
 
@@ -185,6 +198,101 @@ MUTATIONS = [
         "(t < tokens) & (f < features)\n        x =",
         "t < tokens\n        x =",
         LAYOUTS,
+    ),
+    # pairs of a token and an expert
+    Mutation("the first expert's weight for all", EXPERTS, "expert.to(tl.int64) * stride_we", "0 * stride_we", PAIRS),
+    Mutation("the first expert's bias for all", EXPERTS, "expert.to(tl.int64) * stride_be", "0 * stride_be", PAIRS),
+    Mutation(
+        "rows of x in their own order",
+        EXPERTS,
+        "t = p if tokens_ptr is None else tl.load(tokens_ptr + p, mask=p < stop, other=0)",
+        "t = p",
+        UNEVEN,
+    ),
+    Mutation("experts that have no pairs not passed over", EXPERTS, "axis=0) <= tile)", "axis=0) < tile)", UNEVEN),
+    Mutation("tiles counted from the first expert", EXPERTS, "(e < expert, tiles, 0)", "(e < 0, tiles, 0)", UNEVEN),
+    Mutation(
+        "one tile too few", EXPERTS, "tiles = min(experts, pairs) +", "tiles = min(experts, pairs) - 1 +", UNEVEN
+    ),
+    Mutation("half-full tiles left out", EXPERTS, "+ BLOCK_P - 1) // BLOCK_P", ") // BLOCK_P", UNEVEN),
+    Mutation(
+        "out written into the next expert's pairs",
+        EXPERTS,
+        "element_ty), mask=(p < stop) & (f < features))",
+        "element_ty), mask=f < features)",
+        WHOLE,
+    ),
+    Mutation(
+        "out written past its edge",
+        EXPERTS,
+        "element_ty), mask=(p < stop) & (f < features))",
+        "element_ty), mask=p < stop)",
+        WHOLE,
+    ),
+    Mutation(
+        "weight of an expert read past its edge",
+        EXPERTS,
+        "mask=(f < features) & (k[:, None] < left)",
+        "mask=f < features",
+        WITHIN,
+    ),
+    Mutation("x of a pair read past its edge", EXPERTS, "(p < stop) & (k[None, :] < left)", "p < stop", WITHIN),
+    Mutation(
+        "an output's bias without its stride", EXPERTS, "bias_ptr + f * stride_bf, mask", "bias_ptr + f, mask", WITHIN
+    ),
+    Mutation("an expert's bias without its stride", EXPERTS, "* stride_be + f * stride_bf", "* stride_be + f", WITHIN),
+    Mutation("the first places alone", EXPERTS, "range(0, k, BLOCK_J)", "range(0, BLOCK_J, BLOCK_J)", PLACES),
+    Mutation("places read past a token's last", EXPERTS, "(first + j < k) & (t", "(first + j < k + 1) & (t", PLACES),
+    Mutation(
+        "y written past its edge, sum", EXPERTS, "element_ty), mask=inside)", "element_ty), mask=t < tokens)", WHOLE
+    ),
+    # a residual map and its gate
+    Mutation("no gate on z", RESIDUAL, "z = gate * (u + ", "z = (u + ", BOTH),
+    Mutation("no gate on du", RESIDUAL, "+ gate * dz.to(tl.float32)", "+ dz.to(tl.float32)", BOTH),
+    Mutation("no gate in ds", RESIDUAL, "(wide_gate[:, None] * wide_up).T", "wide_up.T", BACK),
+    Mutation("no gate on dup", RESIDUAL, "(wide_gate[:, None] * p).to", "p.to", BACK),
+    Mutation("dgate of u alone", RESIDUAL, "((wide_up * p).sum(1) + dots)", "dots", BACK),
+    Mutation("no residual", RESIDUAL, "gate * (u + tl.dot", "gate * (tl.dot", BOTH),
+    Mutation(
+        "strides of down exchanged", RESIDUAL, "f * stride_df + r * stride_dr", "f * stride_dr + r * stride_df", BOTH
+    ),
+    Mutation("tokens of u as of dz", RESIDUAL, "t[None, :] * stride_ut", "t[None, :] * stride_zt", OWN),
+    Mutation("dots of the last tile alone", RESIDUAL, "dots += dz", "dots = dz", TILES),
+    Mutation("every chunk from the first", RESIDUAL, "row = chunk.to(tl.int64) * features + f", "row = f", TILES),
+    Mutation(
+        "a chunk of a sum one block long",
+        RESIDUAL,
+        "first + blocks_per_chunk * BLOCK_T",
+        "first + (blocks_per_chunk + 1) * BLOCK_T",
+        TILES,
+    ),
+    Mutation(
+        "tokens read past the last",
+        RESIDUAL,
+        "dz_ptr + f * stride_zf + t[None, :] * stride_zt, mask=inside",
+        "dz_ptr + f * stride_zf + t[None, :] * stride_zt, mask=f_mask",
+        EDGES,
+    ),
+    Mutation(
+        "ranks read past the last",
+        RESIDUAL,
+        "rank_mask = (t[:, None] < tokens) & (r < rank)",
+        "rank_mask = t[:, None] < tokens",
+        EDGES,
+    ),
+    Mutation(
+        "z written past its edge",
+        RESIDUAL,
+        "z.to(z_ptr.dtype.element_ty), mask=inside)",
+        "z.to(z_ptr.dtype.element_ty), mask=t < tokens)",
+        FILLED,
+    ),
+    Mutation(
+        "du written past its edge",
+        RESIDUAL,
+        "du.to(du_ptr.dtype.element_ty), mask=inside)",
+        "du.to(du_ptr.dtype.element_ty), mask=f_mask)",
+        FILLED,
     ),
     Mutation("the slope of the gate left out", "gated_lora/gate.py", "(dh * (u * slope))", "(dh * u)", GATE),
 ]
