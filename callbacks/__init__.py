@@ -1,4 +1,4 @@
-"""Lightning callbacks: adapter-only checkpoints, the exported adapter folder, the memory report."""
+"""Lightning callbacks: adapter-only checkpoints, the exported adapter folder, the memory report, routing, pruning."""
 
 if __name__ != "petune.callbacks":
     raise ImportError(
@@ -7,8 +7,19 @@ if __name__ != "petune.callbacks":
     )
 
 from petune.callbacks.adapter_checkpoint import AdapterCheckpoint
+from petune.callbacks.expert_usage import ExpertUsage
 from petune.callbacks.export_adapter import ExportAdapter
 from petune.callbacks.memory_report import MemoryReport
 from petune.callbacks.progress import ProgressBar
+from petune.callbacks.pruning_schedule import PruningSchedule
+from petune.callbacks.top_k_schedule import TopKSchedule
 
-__all__ = ["AdapterCheckpoint", "ExportAdapter", "MemoryReport", "ProgressBar"]
+__all__ = [
+    "AdapterCheckpoint",
+    "ExpertUsage",
+    "ExportAdapter",
+    "MemoryReport",
+    "ProgressBar",
+    "PruningSchedule",
+    "TopKSchedule",
+]

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from peft import PeftModel
 
+from petune.adapters.pat.schedule import find_tuner
 from petune.export import CardInfo, ExportReport, check_target, save_adapter, save_model
 from petune.state import find_model
 
@@ -21,7 +22,8 @@ class ExportAdapter(Callback):
     """Leave `<directory>/adapter`: the adapter, its tokenizer, a filled model card and the run's configuration.
 
     A module without an adapter, which trains its head or all of itself, leaves `<directory>/model` instead. The module
-    may have a `tokenizer`; the metrics are those that it logged.
+    may have a `tokenizer`; the metrics are those that it logged. An adapter that prunes is no best one before its mask
+    is hard: it still has the channels that the pruned model will lack.
 
     Args:
         directory: the run's folder; None for the logger's, or the trainer's `default_root_dir`.
@@ -64,7 +66,8 @@ class ExportAdapter(Callback):
             logged = ", ".join(sorted(trainer.callback_metrics)) or "none"
             raise ValueError(f"ExportAdapter.monitor={self.monitor!r} was not logged; logged metrics: {logged}.")
         value = float(trainer.callback_metrics[self.monitor])
-        if self._is_best(value):
+        tuner = find_tuner(pl_module)
+        if self._is_best(value) and (tuner is None or tuner.mask().is_final):
             self._best = value
             self._write(trainer, pl_module)
 

@@ -78,8 +78,9 @@ def _state_names(module: nn.Module) -> Iterator[str]:
     """The names of `module.state_dict()`; that itself would gather every shard of a sharded model."""
     yield from (name for name, _ in module.named_parameters(remove_duplicate=False))
     for prefix, child in module.named_modules(remove_duplicate=False):
-        for name in child._buffers.keys() - child._non_persistent_buffers_set:
-            yield f"{prefix}.{name}".lstrip(".")
+        for name, buffer in child._buffers.items():
+            if buffer is not None and name not in child._non_persistent_buffers_set:
+                yield f"{prefix}.{name}".lstrip(".")
 
 
 def _base_part(module: nn.Module) -> str | None:
