@@ -6,9 +6,9 @@ if __name__ != "petune.adapters":
         "write `import petune.adapters`, and run Python from outside of the repository's top folder or install it."
     )
 
-from petune.adapters import lora, onebit
+from petune.adapters import emoe, lora, onebit, pat
 from petune.registry import load_entry_points
 
-__all__ = ["lora", "onebit"]
+__all__ = ["emoe", "lora", "onebit", "pat"]
 
 load_entry_points()

@@ -16,9 +16,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.gpu import reach
 
 HERE = Path(__file__).parent
-READMES = (HERE / "README.md", HERE.parent / "adapters" / "onebit" / "README.md")
+READMES = (
+    HERE / "README.md",
+    HERE.parent / "adapters" / "onebit" / "README.md",
+    HERE.parent / "adapters" / "emoe" / "README.md",
+    HERE.parent / "adapters" / "pat" / "README.md",
+)
 UNMEASURED = "not measured yet"
 LINEAR_COLUMNS = ("E1", "E3", "compile(E3)", "unsloth", "ours-fp32", "ours", "ours-grouped")
+FORMS = ("sparse", "masked")  # of a routed feed-forward
 STEP_COLUMNS = ("ms a step", "tokens/s", "peak MiB", "loss")
 
 
@@ -29,6 +35,8 @@ def render(results: Path) -> dict[str, str]:
         "lora_cpu": lora_cpu(_read(results / "lora_cpu.json")),
         "demo": demo(_read(results / "demo.json")),
         **_onebit(results / "onebit.json"),
+        **_emoe(results / "emoe.json"),
+        **_pat(results / "pat.json"),
         "lora_linear": _per_gpu(gpus, "lora_linear", reach.linear_cells([]), linear_table),
         "lora_step": _per_gpu(gpus, "lora_step", reach.step_cells([]), step_table),
     }
@@ -185,6 +193,169 @@ def onebit_summary(result: Mapping[str, Any]) -> str:
     return table(header, rows)
 
 
+def _emoe(path: Path) -> dict[str, str]:
+    result = _read(path) if path.exists() else {}
+    return {"emoe": emoe(result), "emoe_summary": "\n\n".join(emoe_tables(result))}
+
+
+def emoe(result: Mapping[str, Any]) -> str:
+    """The gates, where and with what each part was measured, and its table.
+
+    Raises:
+        ValueError: a part is from a smoke run.
+    """
+    rows = [(name, _gate(gate)) for name, gate in result.get("gates", {}).items()]
+    return "\n\n".join(([table(("gate", "value"), rows)] if rows else []) + emoe_tables(result, places=True))
+
+
+def emoe_tables(result: Mapping[str, Any], *, places: bool = False) -> list[str]:
+    """Accuracy, invariance and speed: of each part its table, or that it was not measured."""
+    parts: list[str] = []
+    for name, make in (("accuracy", emoe_accuracy), ("invariance", emoe_invariance), ("speed", emoe_speed)):
+        found = result.get(name)
+        if found and found["smoke"]:
+            raise ValueError(
+                f"{name} of emoe.json is from a smoke run, which measures nothing; run the benchmark again."
+            )
+        if found and places:
+            hardware = found["hardware"]
+            parts.append(f"{hardware['cpu']}, {hardware['threads']} threads; {_versions(found)}.")
+        parts.append(make(found) if found else f"{name}: {UNMEASURED}")
+    return parts
+
+
+def emoe_accuracy(found: Mapping[str, Any]) -> str:
+    """Mean ± standard deviation of every side on both splits, and of its difference to the first side seed by seed."""
+    splits, sides = list(found["frozen"]), found["sides"]
+    first = next(iter(sides))
+    rows = [("no adapter", *(cell for split in splits for cell in (_spread(found["frozen"][split]), "")), "")]
+    for side, row in sides.items():
+        cells = [side]
+        for split in splits:
+            scores, base = row["scores"][split], sides[first]["scores"][split]
+            change = [score - other for score, other in zip(scores, base, strict=True)]
+            cells += [_spread(scores), "" if side == first else _spread(change, sign="+")]
+        rows.append((*cells, f"{row['learning_rate']:g}"))
+    size = found["rows"]
+    tested = ", ".join(f"{size[split]} {split}" for split in splits)
+    caption = f"{found['seeds']} seeds, {size['train']} rows to train on, {found['steps']} steps; test rows: {tested}."
+    header = ("accuracy", *(cell for split in splits for cell in (split, f"to {first}")), "rate")
+    return f"{caption}\n\n{table(header, rows)}"
+
+
+def emoe_invariance(found: Mapping[str, Any]) -> str:
+    """How much a sample's routing and logits depend on the rest of its batch."""
+    names = {"dropless": "ours", "capacity": f"capacity {found['capacity_factor']:g}"}
+    rows = [
+        (
+            name,
+            f"{100 * found[key]['same_ratio']:.4g} %",
+            f"{100 * found[key]['dropped_ratio']:.3g} %",
+            f"{found[key]['logits_difference']:.2g}",
+            f"{found[key]['logits_std']:.2g}",
+        )
+        for key, name in names.items()
+    ]
+    header = (f"a batch of {found['rows']} against each alone", "tokens routed alike", "choices dropped")
+    return table((*header, "largest difference of logits", "logits' standard deviation"), rows)
+
+
+def emoe_speed(found: Mapping[str, Any]) -> str:
+    """Time over the dense feed-forward: median of the rounds, and their range."""
+    rows = [
+        (
+            f"{row['device']}, {row['dtype']}",
+            f"{row['top_k']} of {row['num_experts']}",
+            str(row["tokens"]),
+            *(
+                f"{row[form]['ratio']:.2f} ({row[form]['ratio_min']:.2f}..{row[form]['ratio_max']:.2f})"
+                for form in FORMS
+            ),
+            f"{row['dense']['ms']:.3g}",
+        )
+        for row in found["rows"]
+    ]
+    forms = [f"{form} / dense (rounds)" for form in FORMS]
+    return table(("feed-forward, 768 to 3072", "experts", "tokens", *forms, "dense ms"), rows)
+
+
+def _pat(path: Path) -> dict[str, str]:
+    result = _read(path) if path.exists() else {}
+    return {"pat": pat(result), "pat_summary": "\n\n".join(pat_tables(result))}
+
+
+def pat(result: Mapping[str, Any]) -> str:
+    """The gates, where and with what each part was measured, and its tables.
+
+    Raises:
+        ValueError: a part is from a smoke run.
+    """
+    rows = [(name, _gate(gate)) for name, gate in result.get("gates", {}).items()]
+    return "\n\n".join(([table(("gate", "value"), rows)] if rows else []) + pat_tables(result, places=True))
+
+
+def pat_tables(result: Mapping[str, Any], *, places: bool = False) -> list[str]:
+    """Quality, latency and the cost of a step: of each part its tables, or that it was not measured."""
+    parts: list[str] = []
+    for name, make in (("quality", pat_quality), ("latency", pat_times), ("step", pat_times)):
+        found = result.get(name)
+        if found and found["smoke"]:
+            raise ValueError(
+                f"{name} of pat.json is from a smoke run, which measures nothing; run the benchmark again."
+            )
+        if found and places:
+            hardware = found["hardware"]
+            parts.append(f"{hardware['cpu']}, {hardware['threads']} threads; {_versions(found)}.")
+        parts.append(make(found) if found else f"{name}: {UNMEASURED}")
+    return parts
+
+
+def pat_quality(found: Mapping[str, Any]) -> str:
+    """Per task the scores of every side, mean ± standard deviation, seed by seed against the first, and its weight."""
+    parts: list[str] = []
+    for name, task in found["tasks"].items():
+        metrics, sides = list(task["frozen"]), task["sides"]
+        first = next(iter(sides))
+        rows = [("no adapter", *(_metric(metric, task["frozen"][metric]) for metric in metrics), *[""] * 6)]
+        for side, row in sides.items():
+            pairs = zip(row["scores"]["accuracy"], sides[first]["scores"]["accuracy"], strict=True)
+            change = "" if side == first else _spread([score - other for score, other in pairs], sign="+")
+            scores = [_metric(metric, row["scores"][metric]) for metric in metrics]
+            weight = (f"{row['parameters']:,}", f"{row['flops'] / 1e6:.1f}", f"{row['file_bytes']:,}")
+            exact = (f"{row['logits_difference']:.0e}", f"{row['learning_rate']:g}")
+            rows.append((side, *scores, change, *weight, *exact))
+        size, seeds = task["rows"], found["settings"]["seeds"]
+        trained = sorted({row["trained_parameters"] for row in sides.values()})
+        parts.append(
+            f"{name}: {seeds} seeds, {size['train']} rows to train on, {size['test']} to test, {task['steps']} steps, "
+            f"{trained[0]:,} to {trained[-1]:,} trained parameters"
+        )
+        columns = (f"to {first}", "parameters", "MFLOP a row", "file bytes", "logits' error", "rate")
+        parts.append(table((name, *metrics, *columns), rows))
+    return "\n\n".join(parts)
+
+
+def pat_times(found: Mapping[str, Any]) -> str:
+    """Time over the dense model's, or over LoRA's: median of the repetitions, and their range."""
+    rows = [
+        (
+            row["model"],
+            row["side"],
+            f"{row['ratio']:.2f} ({row['ratio_min']:.2f}..{row['ratio_max']:.2f})",
+            f"{row[found['beside']]:.2f}",
+            f"{row['side_ms']:.1f}",
+            f"{row['parent_ms']:.1f}",
+        )
+        for row in found["rows"]
+    ]
+    beside = found["beside"].replace("_", " ")
+    return table((found["title"], "side", "time ratio (repetitions)", beside, "ms", "ms without"), rows)
+
+
+def _metric(name: str, values: Sequence[float]) -> str:
+    return _spread(values, digits=2 if name == "perplexity" else 1)
+
+
 def linear_table(content: Mapping[str, Any]) -> str:
     """Time over the frozen floor of every row, from CUDA graphs."""
     lines: list[tuple[str, ...]] = []
@@ -225,9 +396,9 @@ def cells_table(cells: Sequence[Mapping[str, Any]]) -> str:
     return table(("ours over", *peers), [(what, *(row.get(peer, "") for peer in peers)) for what, row in rows.items()])
 
 
-def _spread(values: Sequence[float], sign: str = "") -> str:
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.1f}{deviation}"
+def _spread(values: Sequence[float], sign: str = "", digits: int = 1) -> str:
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.{digits}f}{deviation}"
 
 
 def _gate(gate: Mapping[str, Any]) -> str:

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from petune.adapters.emoe import EmoeConfig
     from petune.adapters.lora import FusedLoraConfig, fuse, unfuse
     from petune.adapters.onebit import BiAdapterConfig, BiLoraConfig
+    from petune.adapters.pat import PatConfig
     from petune.export import export_lora, export_merged, load_adapter, save_adapter
+    from petune.pruned import load_pruned
     from petune.registry import methods, register_method
 
 __version__ = "0.1.0"
@@ -22,11 +25,14 @@ __version__ = "0.1.0"
 __all__ = [
     "BiAdapterConfig",
     "BiLoraConfig",
+    "EmoeConfig",
     "FusedLoraConfig",
+    "PatConfig",
     "export_lora",
     "export_merged",
     "fuse",
     "load_adapter",
+    "load_pruned",
     "methods",
     "register_method",
     "save_adapter",
@@ -36,13 +42,16 @@ __all__ = [
 _HOME = {
     "BiAdapterConfig": "petune.adapters.onebit",
     "BiLoraConfig": "petune.adapters.onebit",
+    "EmoeConfig": "petune.adapters.emoe",
     "FusedLoraConfig": "petune.adapters.lora",
+    "PatConfig": "petune.adapters.pat",
     "fuse": "petune.adapters.lora",
     "unfuse": "petune.adapters.lora",
     "export_lora": "petune.export",
     "export_merged": "petune.export",
     "load_adapter": "petune.export",
     "save_adapter": "petune.export",
+    "load_pruned": "petune.pruned",
     "methods": "petune.registry",
     "register_method": "petune.registry",
 }

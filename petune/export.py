@@ -25,11 +25,12 @@ from petune.atomic import copy_over, replacing_folder
 from petune.card import CardInfo, render_card
 from petune.convert import plain_lora, unwrap_heads
 from petune.load import file_digest, load_adapter
+from petune.pruned import MARK, write_mark
 from petune.quantized.slots import packed_names, packed_weights
 from petune.quantized.store import StoreReport, TaskStore, write_tasks
 from petune.quantized.tuner import QuantizedConfig
 from petune.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE, Run, describe_run, load_run
-from petune.state import active_adapter, peft_config, plain_name, unwrap
+from petune.state import active_adapter, base_parameters, peft_config, plain_name, unwrap
 
 __all__ = [
     "CardInfo",
@@ -46,6 +47,8 @@ __all__ = [
     "save_model",
     "write_tasks",
 ]
+
+_ROOT = "base_model.model."  # of every name in a PeftModel
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,22 @@ class ExportReport:
     """Parts of the adapter (such as lora_B) that are zero in every layer: training never reached them."""
     relative_error: float = 0.0
     """‖ΔW of what was written − ΔW of the adapter‖ / ‖ΔW‖, over all layers; 0 where nothing is approximated."""
+    dense_bytes: int = 0
+    """Of the weights before channels were pruned; 0 where none were."""
+    dense_parameters: int = 0
+    """Before channels were pruned; 0 where none were."""
+    compact: bool = False
+    """Whether the config cannot say how narrow the pruned model is, so that only `petune.load_pruned` loads it."""
 
     def __str__(self) -> str:
         kib = sum(self.files.values()) / 1024
-        return f"{self.directory}: {self.parameters:,} parameters in {self.tensors} tensors, {kib:,.0f} KiB"
+        written = f"{self.directory}: {self.parameters:,} parameters in {self.tensors} tensors, {kib:,.0f} KiB"
+        if not self.dense_parameters:
+            return written
+        form = "compact, for petune.load_pruned" if self.compact else "stock, for from_pretrained"
+        return (
+            f"{written}; pruned from {self.dense_parameters:,} parameters, {self.dense_bytes / 1024:,.0f} KiB ({form})"
+        )
 
 
 def save_adapter(
@@ -127,6 +142,9 @@ def save_adapter(
 def export_merged(source: nn.Module | str | Path, directory: str | Path, *, tokenizer: Any = None) -> ExportReport:
     """Write the base with the adapter folded in: a plain Hugging Face folder that needs neither PEFT nor PETune.
 
+    An adapter that prunes leaves a smaller model; where its config cannot say how narrow that is, `load_pruned` reads
+    the folder, and the report says `compact`.
+
     Args:
         source: a PeftModel (left as it is: a copy is merged), or an adapter folder.
         directory: becomes the model folder.
@@ -135,6 +153,7 @@ def export_merged(source: nn.Module | str | Path, directory: str | Path, *, toke
     Raises:
         FileExistsError: `directory` holds something, and no model.
         OSError: a full disk, or no right to write.
+        RuntimeError: the adapter prunes, and has not decided yet what.
         TypeError: the method has nothing to fold in.
         ValueError: the merged weights are not finite, or the method refuses to merge.
     """
@@ -143,7 +162,17 @@ def export_merged(source: nn.Module | str | Path, directory: str | Path, *, toke
     if not isinstance(model.base_model, BaseTuner):
         kind = peft_config(model).peft_type
         raise TypeError(f"{kind} adds tokens, not weights, so it cannot be merged; save the adapter instead.")
-    return save_model(unwrap_heads(model).merge_and_unload(safe_merge=True), directory, tokenizer=tokenizer)
+    dense: dict[str, Tensor] = {name.removeprefix(_ROOT): tensor for name, _, tensor in base_parameters(model)}
+    merged: Any = unwrap_heads(model).merge_and_unload(safe_merge=True)
+    report = save_model(merged, directory, tokenizer=tokenizer)
+    if all(name not in dense or tensor.shape == dense[name].shape for name, tensor in merged.named_parameters()):
+        return report
+    return replace(
+        report,
+        dense_bytes=sum(tensor.nbytes for tensor in dense.values()),
+        dense_parameters=sum(tensor.numel() for tensor in dense.values()),
+        compact=(report.directory / MARK).exists(),
+    )
 
 
 def save_model(model: nn.Module, directory: str | Path, *, tokenizer: Any = None) -> ExportReport:
@@ -165,9 +194,10 @@ def save_model(model: nn.Module, directory: str | Path, *, tokenizer: Any = None
         raise ValueError(f"{broken[0]} is not finite (NaN or infinite), so the model was not saved; train it again.")
     with _told(f"the model was not saved to {directory}"), replacing_folder(directory) as folder:
         plain.save_pretrained(str(folder))
+        write_mark(plain, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
-        _carry_over(directory, folder, {path.name for path in directory.glob("*model*")})
+        _carry_over(directory, folder, {MARK, *(path.name for path in directory.glob("*model*"))})
     elements = sum(tensor.numel() for tensor in tensors.values())
     return ExportReport(directory, _sizes(directory), len(tensors), elements)
 

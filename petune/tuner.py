@@ -221,16 +221,16 @@ class PetuneTuner(BaseTuner):
         # PeftModel without a task_type, and transformers' add_adapter, call the base model and not this module
         if type(self).auxiliary_loss is not PetuneTuner.auxiliary_loss:
             model.register_forward_pre_hook(self._before)
-            model.register_forward_hook(self._after)
+            model.register_forward_hook(self._after, with_kwargs=True)
 
     def _before(self, _: nn.Module, __: Any) -> None:
         self.before_forward()
 
-    def _after(self, model: nn.Module, _: Any, output: Any) -> None:
+    def _after(self, model: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> None:
         if model.training and getattr(output, "loss", None) is not None:
             extra = self.auxiliary_loss()
             if extra is not None:
-                output.loss = output.loss + extra
+                output.loss = output.loss + extra * _share(model, kwargs)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -355,6 +355,19 @@ def base_shape(model: nn.Module) -> dict[str, int | str]:
     """Model type and sizes by which an adapter knows its base: {} for a model without a Hugging Face config."""
     config = getattr(model, "config", None)
     return {name: getattr(config, name) for name in _SHAPE if getattr(config, name, None) is not None}
+
+
+def _share(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
+    """How much of an optimiser step this forward is, where transformers' Trainer gathers gradients over several.
+
+    It has the model divide its loss by the labels of all of them, and divides by their number no more.
+    """
+    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if items is None or not isinstance(labels, Tensor):
+        return 1.0
+    if getattr(model, "loss_type", None) == "ForCausalLM":
+        labels = labels[..., 1:]  # the first token is not predicted, and not counted
+    return labels.ne(-100).sum() / items
 
 
 def _say(shape: dict[str, int | str]) -> str:

@@ -25,6 +25,7 @@ from petune.tasks.describe import class_path, describe_adapter, plain, resolve_a
 from petune.tasks.models import fresh_modules, load_config, load_model, load_tokenizer
 from petune.tasks.optim import adamw, check_learning_rate, parameter_groups, warmup_schedule
 from petune.topology import closest_modules
+from petune.tuner import PetuneTuner
 
 Trained = Literal["adapter", "head", "all"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -311,6 +312,15 @@ class AdapterTask(L.LightningModule):
     def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The entries of a batch that the model's forward takes, labels aside."""
         return {name: value for name, value in batch.items() if name in self._accepted and name != "labels"}
+
+    def auxiliary_loss(self) -> Tensor | float:
+        """What the adapter wants added to the training loss after a forward, such as a loss on its mask; 0.0 for none.
+
+        It is in the model's own `output.loss` already, which a task that computes its loss does not read.
+        """
+        tuner = self.model.base_model
+        extra = tuner.auxiliary_loss() if isinstance(tuner, PetuneTuner) else None
+        return 0.0 if extra is None else extra
 
     @property
     def _accepted(self) -> frozenset[str]:

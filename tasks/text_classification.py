@@ -82,8 +82,8 @@ class TextClassification(AdapterTask):
         return self.model(**self.model_inputs(batch)).logits.float()
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Cross entropy of the batch, a scalar."""
-        loss = F.cross_entropy(self(batch), batch["labels"])
+        """Cross entropy of the batch and what the adapter adds, a scalar."""
+        loss = F.cross_entropy(self(batch), batch["labels"]) + self.auxiliary_loss()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 

@@ -75,8 +75,10 @@ class TextEmbedding(AdapterTask):
         return F.normalize(self.projection(pooled).float(), dim=-1)
 
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]], batch_idx: int) -> Tensor:
-        """The contrastive loss of the batch, a scalar."""
-        loss = self._loss(batch, self(batch["query"]), self(batch["document"]))
+        """The contrastive loss of the batch and what the adapter adds, on average over the two sides; a scalar."""
+        queries, extra = self(batch["query"]), self.auxiliary_loss()
+        documents = self(batch["document"])
+        loss = self._loss(batch, queries, documents) + (extra + self.auxiliary_loss()) / 2
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["query"]["input_ids"]))
         return loss
 

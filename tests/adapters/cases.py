@@ -10,6 +10,8 @@ import torch
 from peft import PeftConfig
 
 import petune
+from petune.adapters.emoe import EmoeConfig
+from petune.adapters.pat import PatConfig
 from tests.adapters.block_shift import BlockShiftConfig
 from tests.adapters.dense_delta import DenseDeltaConfig
 from tests.adapters.relu_delta import ReluDeltaConfig
@@ -33,6 +35,8 @@ class Case:
     """Whether target_modules=None finds the targets of every family from the model's structure."""
     blocks: bool = False
     """Whether it wraps whole blocks, or any module from hidden states to hidden states, instead of linear layers."""
+    identity: bool = True
+    """Whether a fresh adapter, and merging one, changes nothing; routing changes the model by definition."""
     merges: bool = True
     mixed_batch: bool = True
     several_active: bool = True
@@ -65,6 +69,7 @@ class Case:
 
 
 RANDOM_LORA = {"init_lora_weights": False}
+EMOE = {"r": 4, "num_experts": 4, "layers": "all", "lora_dropout": 0.0}
 
 CASES = (
     Case("lora", petune.FusedLoraConfig, {"r": 4}, RANDOM_LORA, dropout="lora_dropout", strict_load=False),
@@ -89,6 +94,42 @@ CASES = (
         resumable={"storage": "latent"},
         anywhere={"placement": "pfeiffer"},
         suite_models=(),  # they have no feed-forward to stand beside
+    ),
+    Case(
+        "emoe",
+        EmoeConfig,
+        {**EMOE, "top_k": 4},
+        dropout="lora_dropout",
+        several_active=False,  # a neuron has one expert
+        weighted=False,
+        converts_to_lora=False,
+        suite_models=(),  # they have no feed-forward to route
+    ),
+    Case(
+        "emoe_routed",
+        EmoeConfig,
+        {**EMOE, "top_k": 2},
+        dropout="lora_dropout",
+        identity=False,
+        several_active=False,
+        weighted=False,
+        converts_to_lora=False,
+        suite_models=(),
+    ),
+    Case(
+        "pat",
+        PatConfig,
+        {"r": 4, "lora_dropout": 0.0},
+        dropout="lora_dropout",
+        merges=False,
+        mixed_batch=False,
+        several_active=False,  # a stream has one mask
+        weighted=False,
+        converts_to_lora=False,
+        native=False,
+        quantised=False,
+        families=tuple(family for family in FAMILIES if family != "swin"),  # whose width changes on the way
+        suite_models=(),  # they have no residual stream
     ),
     Case("densedelta", DenseDeltaConfig, dropout="delta_dropout"),
     Case(

@@ -32,7 +32,7 @@ from tests.families import FAMILIES
 SOME = ("bert", "gpt2", "t5", "vit")  # post-norm, Conv1D, encoder-decoder without biases, images
 
 
-@cases_and_families(*FAMILIES)
+@cases_and_families(*FAMILIES, identity=True)
 def test_a_fresh_adapter_changes_nothing(case, family):
     base = build(family, head="none")
     batch = inputs(family, head="none")
@@ -103,7 +103,7 @@ def test_disable_adapter_gives_the_output_of_the_base(case, family):
     assert relative_error(changed, expected) > 1e-3
 
 
-@cases_and_families(*SOME, merges=True)
+@cases_and_families(*SOME, merges=True, identity=True)
 def test_merging_keeps_the_output_and_unmerging_brings_the_base_back(case, family):
     batch = inputs(family)
     model = adapted(case, family)
@@ -138,7 +138,7 @@ def _adapter(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: p for name, p in model.state_dict().items() if model.base_model.prefix in name}
 
 
-@cases(merges=True)
+@cases(merges=True, identity=True)
 def test_a_merged_layer_is_the_base_in_training_too_and_a_second_merge_warns(case):
     model = adapted(case, "llama")
     batch = inputs("llama")
@@ -166,10 +166,12 @@ def test_safe_merge_refuses_nan_and_leaves_the_base_alone(case):
     assert_same_tensors(base_tensors(model), before)
 
 
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 @cases(merges=False)
-def test_merging_what_is_no_weight_is_refused_with_a_sentence(case):
-    with pytest.raises((NotImplementedError, ValueError), match="unload"):
-        adapted(case, "bert").merge_and_unload()
+def test_merging_what_is_no_weight_is_refused_with_a_sentence(case, merge):
+    sentence = r"unload\(\)|finalize\(\)"  # a mask has to be hard before it can be folded
+    with pytest.raises((RuntimeError, ValueError), match=sentence):  # NotImplementedError is a RuntimeError
+        getattr(adapted(case, "bert"), merge)()
 
 
 @cases_and_families(*SOME)
@@ -183,7 +185,7 @@ def test_adapters_are_added_switched_and_deleted(case, family, tmp_path):
     model.set_adapter("second")
     second = output(model, batch)
     assert relative_error(second, first) > 1e-3
-    assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} <= {"second", "weight"}
+    assert [name for name, p in model.named_parameters() if p.requires_grad and "second" not in name.split(".")] == []
     model.save_pretrained(tmp_path, selected_adapters=["second"])
     model.delete_adapter("second")
     assert not any("second" in name for name in model.state_dict())
@@ -350,7 +352,7 @@ def test_deepcopy_and_pickle_keep_the_model_and_share_nothing(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [BY_NAME["densedelta"]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [BY_NAME["densedelta"], BY_NAME["emoe_routed"]], ids=lambda case: case.name)
 def test_a_fresh_process_computes_the_same_logits(case, tmp_path):
     build("bert").save_pretrained(tmp_path / "base")
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")

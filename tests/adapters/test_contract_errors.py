@@ -218,7 +218,7 @@ def backend(monkeypatch):
     return backend
 
 
-@cases(quantised=True, merges=True, **OURS)
+@cases(quantised=True, merges=True, identity=True, **OURS)
 def test_a_quantised_base_is_merged_through_pefts_backend(case, backend):
     batch = inputs("bert")
     model = get_peft_model(_quantised(), case.random_config(target_modules=["query"])).eval()

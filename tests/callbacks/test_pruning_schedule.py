@@ -246,8 +246,9 @@ class Endless(IterableDataset):
 
 def test_a_run_of_unknown_length_is_refused_unless_told_the_steps():
     loader = DataLoader(Endless(), batch_size=None)
-    with pytest.raises(MisconfigurationException, match="cannot tell how many optimizer steps the run will take"):
-        fit(module(), loader=loader)
+    for unknown in ({"loader": loader}, {"epochs": -1}):
+        with pytest.raises(MisconfigurationException, match="cannot tell how many optimizer steps the run will take"):
+            fit(module(), **unknown)
     assert fit(module(), loader=loader, max_steps=7).hard_from == 3
     assert fit(module(total_steps=12), loader=loader, epochs=1, limit_train_batches=5).hard_from == 4
 
