@@ -14,6 +14,12 @@ def product_dtype(x: Tensor) -> tuple[torch.dtype, bool]:
     return (torch.get_autocast_dtype(x.device.type) if cast else x.dtype), cast
 
 
+def in_shape_of(x: Tensor, y: Tensor) -> Tensor:
+    """y [tokens, features] in the leading shape of x; not a view, for autograd lets nobody write into an output that
+    is one."""
+    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+
+
 def first_order_only(
     operator: str, gradients: Iterable[Tensor | None], origins: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from petune.kernels.autograd import in_shape_of
 from petune.kernels.dropout import mask_of
 from petune.kernels.lora_linear.kernel import dual, expand, outer, project, shrink, unsupported
 
@@ -29,7 +30,7 @@ def forward(
         project(rows, weight.to(dtype), None if bias is None else bias.to(dtype), part, up, scale / q)
         for weight, bias, part, up, scale in zip(weights, biases, parts, b, scales, strict=True)
     ]
-    return (*(y.view(*x.shape[:-1], y.shape[-1]) for y in ys), s)
+    return (*(in_shape_of(x, y) for y in ys), s)
 
 
 def backward(

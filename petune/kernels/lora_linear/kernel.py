@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from petune.kernels.autograd import in_shape_of
 from petune.kernels.chooser import Config, bucket, choose, known
 from petune.kernels.dropout import Mask, mask_of
 from petune.kernels.launch import INTERPRETED, MAX_RANK, capability, padded_rank
@@ -51,7 +52,7 @@ def forward(
     s = _times(shrink(rows, a, mask=mask), rank_mask)
     bias = None if bias is None else bias.to(dtype)
     y = project(rows, weight.to(dtype), bias, s, b, scale / mask.keep_probability if mask else scale)
-    return y.view(*x.shape[:-1], weight.shape[0]), s
+    return in_shape_of(x, y), s
 
 
 def backward(

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from petune.kernels.autograd import in_shape_of
 from petune.kernels.chooser import Config
 from petune.kernels.launch import FUSED, blocks_of, padded_rank, precision, split, upcasts
 from petune.kernels.lora_linear.kernel import unsupported
@@ -130,7 +131,7 @@ def forward(
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     s = shrink(rows, a_bits, a_levels, rank, bits)
     y = expand(s, b_bits, b_levels, weight.shape[0], bits, scale=scale, bias=bias, dtype=dtype)
-    return (y.addmm_(rows, weight.to(dtype).T).view(*x.shape[:-1], weight.shape[0]),)
+    return (in_shape_of(x, y.addmm_(rows, weight.to(dtype).T)),)
 
 
 def shrink(

@@ -178,3 +178,11 @@ def test_ranks_and_dtypes_beyond_the_kernels_are_an_error_that_says_why(device):
         lora_linear(*operands(3, device, rank=257), SCALE)
     with pytest.raises(RuntimeError, match=r"torch.float64 is none of torch.float32"):
         lora_linear(*operands(3, device, dtype=torch.float64), SCALE)
+
+
+def test_the_output_may_be_written_into(device):
+    tensors = operands(6, device)
+    y = lora_linear(tensors[0].view(2, 3, -1), *tensors[1:], SCALE)
+    expected = torch.autograd.grad(lora_linear(*tensors, SCALE).sum(), tensors[3:])
+    y += 1  # as models do that add to their residual stream in place
+    assert [a.equal(b) for a, b in zip(torch.autograd.grad(y.sum(), tensors[3:]), expected, strict=True)] == [True] * 2
