@@ -213,7 +213,7 @@ def configs(op: str, dtype: torch.dtype, rank: int, arch: int) -> tuple[Config |
     if op in ("gate", "expert_sum"):
         return (None,)
     if op == "expert_product":
-        return experts.configs(dtype, divmod(arch, 10))
+        return experts.configs(dtype)
     if op.startswith("packed_"):
         return packed.configs(op.removeprefix("packed_"), dtype)
     if op.startswith("residual_"):

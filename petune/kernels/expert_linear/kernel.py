@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from petune.kernels.chooser import Config
-from petune.kernels.launch import FUSED, blocks_of, capability, precision, upcasts
+from petune.kernels.launch import FUSED, blocks_of, precision, upcasts
 from petune.kernels.lora_linear.kernel import unsupported as unsupported_rank
 
 MAX_EXPERTS = 1024  # every program reads all offsets at once
@@ -196,23 +196,20 @@ def _block(size: int) -> int:
 
 def _config(x: Tensor, pairs: int, experts: int) -> Config:
     """The smallest tile that holds the pairs of a mean expert, else the largest."""
-    of_dtype = configs(x.dtype, capability(x.device))
+    of_dtype = configs(x.dtype)
     return next((config for config in of_dtype if config.block_tokens * experts >= pairs), of_dtype[-1])
 
 
-def configs(dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Config, ...]:
+def configs(dtype: torch.dtype) -> tuple[Config, ...]:
     """The compiled forms of the product for a dtype, from few pairs an expert to many."""
-    if dtype == torch.float32:
-        return _FP32
-    return (*_FEW, _HOPPER if capability[0] == 9 else _MANY)
+    return _FP32 if dtype == torch.float32 else _16_BITS
 
 
-_FEW = (
+_16_BITS = (
     Config(16, 32, num_warps=4, num_stages=4, block_inner=128),
     Config(64, 128, num_warps=4, num_stages=3, block_inner=64),
+    Config(128, 128, num_warps=8, num_stages=3, block_inner=64),  # 128 x 256 spills, with Triton 3.6 on sm_90 as well
 )
-_MANY = Config(128, 128, num_warps=8, num_stages=3, block_inner=64)
-_HOPPER = Config(128, 256, num_warps=8, num_stages=3, block_inner=64)  # spills on every other chip
 # fp32 has at most 32 rows a product: with 64, Triton 3.6 multiplies in TF32 on sm_100 whatever it is asked for
 _FP32 = (
     Config(16, 32, num_warps=4, num_stages=3, block_inner=32),

@@ -162,12 +162,11 @@ def test_shapes_need_not_fit_the_blocks(size, width, config, device):
     assert relative_error(y, exact_out(h, weight, None, assignment)) <= bound(torch.float32)
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_every_config_gives_the_same_result(dtype, capability, device):
+def test_every_config_gives_the_same_result(dtype, device):
     assignment = assigned(150, 3, 2, device)
     x, weight = drawn(150, 70, device=device, dtype=dtype), drawn(3, 140, 70, device=device, dtype=dtype)
-    for config in kernel.configs(dtype, capability):
+    for config in kernel.configs(dtype):
         h = kernel.product(x, weight, assignment.offsets, pairs=300, tokens=assignment.tokens, config=config)
         assert relative_error(h, exact_in(x, weight, None, assignment)) <= bound(dtype)
 
