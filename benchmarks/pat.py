@@ -60,7 +60,7 @@ GATED = 0.25
 POINTS_GATE, LATENCY_GATE, LOGITS_GATE, STEP_GATE = 1.5, 0.85, 1e-5, 1.25
 
 Task = Prose | Digits
-TASKS: dict[str, Callable[..., Task]] = {"docstrings": Prose, "turned digits": Digits}  # the longest first, for --jobs
+TASKS: dict[str, Callable[..., Task]] = {"docstrings": Prose, "tilted digits": Digits}  # the longest first, for --jobs
 
 
 class Side(NamedTuple):
@@ -87,7 +87,7 @@ class Plan:
     tuning_seeds: int = 1
     """Seeds whose validation rows choose."""
     rates: tuple[float, ...] = RATES
-    rounds: int = 15
+    rounds: int = 7
     """Of the timing: turns of a repetition."""
     repetitions: int = 5
     smoke: bool = False
