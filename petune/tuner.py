@@ -53,6 +53,9 @@ class PetuneTuner(BaseTuner):
     linear_in_parameters: ClassVar[bool] = False
     """Whether delta is linear in the parameters, so that a weighted sum of adapters is an adapter."""
 
+    exact_merge: ClassVar[dict[str, Any]] = {}
+    """Arguments with which `merge_and_unload` keeps what the model computes."""
+
     # --- before anything changes ---
 
     def _prepare_adapter_config(self, peft_config: PetuneConfig, model_config: dict[str, Any]) -> PetuneConfig:

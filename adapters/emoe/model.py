@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
@@ -34,6 +34,7 @@ class EmoeModel(PetuneTuner):
 
     prefix = "petune_emoe_"
     tuner_layer_cls = EmoeLayer
+    exact_merge: ClassVar[dict[str, Any]] = {"keep_routing": True}
 
     _feed_forwards: dict[str, FeedForward]
     """Those that the adapter which is being added routes, by name of their first linear."""

@@ -1,6 +1,7 @@
 """Find the docstring that belongs to a signature, before and after fine-tuning a sentence encoder."""
 
 import importlib.util
+import pkgutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -213,7 +214,7 @@ class _Run:
             options["adapter"] = trial.adapter
         task = TextEmbedding(self.encoder, tokenizer=self.tokenizer, **options)
         task.build()
-        trainer = self._trainer(stages)
+        trainer = self._trainer(stages, trial)
         trainer.fit(task, self._data())
         embeddings = self.encode(task, self.texts.held_out)
         kind = "full" if trial.adapter is None else "adapter"
@@ -226,14 +227,15 @@ class _Run:
         with _half_precision():
             return [task.encode(some, max_length=self.settings.max_tokens) for some in texts]
 
-    def _trainer(self, stages: Stages) -> L.Trainer:
+    def _trainer(self, stages: Stages, trial: Trial) -> L.Trainer:
+        own = [pkgutil.resolve_name(path)() for path in trial.callbacks]
         return L.Trainer(
             accelerator="cpu",
             devices=1,
             precision="bf16-mixed" if has_fast_bf16() else "32-true",
             max_steps=self.steps,
             max_time=timedelta(seconds=2 * self.share_s),  # the estimate may be wrong, not by more than this
-            callbacks=[StepsDone(stages, 20.0, self.steps)],
+            callbacks=[StepsDone(stages, 20.0, self.steps), *own],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

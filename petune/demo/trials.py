@@ -25,10 +25,17 @@ class Trial:
     learning_rate: float
     adapter: PeftConfig | None = None
     """None where the whole model trains."""
+    callbacks: tuple[str, ...] = ()
+    """Class paths of the Lightning callbacks that the method's recipe brings, such as the schedule of a mask."""
 
 
 def trials(
-    methods: Sequence[str] | None, *, compare: bool, adapter_learning_rate: float, full_learning_rate: float
+    methods: Sequence[str] | None,
+    *,
+    compare: bool,
+    adapter_learning_rate: float,
+    full_learning_rate: float,
+    callbacks: bool = True,
 ) -> list[Trial]:
     """The methods asked for, in the order asked for, then full fine-tuning.
 
@@ -37,15 +44,20 @@ def trials(
         compare: add full fine-tuning.
         adapter_learning_rate: for a method whose recipe names none.
         full_learning_rate: of full fine-tuning.
+        callbacks: whether training runs Lightning callbacks; without them, methods that need some are left out.
 
     Raises:
-        ValueError: a method is not installed, or there is nothing to train.
+        ValueError: a method is not installed, or needs callbacks and was asked for, or there is nothing to train.
     """
     installed = petune.methods()
     if methods is not None and not methods:
         raise ValueError(f"methods is empty; name some of {', '.join(installed)} or leave it out for all of them.")
     chosen = [_find(name, installed) for name in (installed if methods is None else methods)]
     found = [_trial(method, adapter_learning_rate) for method in dict.fromkeys(chosen)]
+    scheduled = [trial.name for trial in found if trial.callbacks and not callbacks]
+    if scheduled and methods is not None:
+        raise ValueError(f"the method {scheduled[0]!r} needs its schedule, which runs with --task retrieval alone.")
+    found = [trial for trial in found if trial.name not in scheduled]
     return [*found, Trial(FULL, "all", full_learning_rate)] if compare else found
 
 
@@ -59,16 +71,20 @@ def _find(name: str, installed: dict[str, Method]) -> Method:
 
 def _trial(method: Method, learning_rate: float) -> Trial:
     recipe = _recipe(method)
-    arguments: dict[str, Any] = recipe.get("adapter", {}).get("init_args", {})
-    return Trial(method.name, "adapter", recipe.get("learning_rate", learning_rate), method.config_cls(**arguments))
+    model = recipe.get("model", {}).get("init_args", {})
+    arguments: dict[str, Any] = model.get("adapter", {}).get("init_args", {})
+    callbacks = tuple(entry["class_path"] for entry in recipe.get("trainer", {}).get("callbacks+", ()))
+    adapter = method.config_cls(**arguments)
+    return Trial(method.name, "adapter", model.get("learning_rate", learning_rate), adapter, callbacks)
 
 
 def _recipe(method: Method) -> dict[str, Any]:
-    """`model.init_args` of the recipe of the method's config, which lies beside it; empty if it ships none."""
+    """The recipe of the method's config, which lies beside it; empty if it ships none."""
     package = importlib.import_module(method.config_cls.__module__).__package__ or ""
     for file in files(package).iterdir():
         if file.name.endswith(".yaml"):
-            recipe: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["init_args"]
-            if recipe["adapter"]["class_path"].rpartition(".")[2] == method.config_cls.__name__:
+            recipe: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+            adapter = recipe["model"]["init_args"]["adapter"]
+            if adapter["class_path"].rpartition(".")[2] == method.config_cls.__name__:
                 return recipe
     return {}

@@ -100,6 +100,7 @@ def run_vision(
         compare=compare,
         adapter_learning_rate=ADAPTER_LEARNING_RATE,
         full_learning_rate=FULL_LEARNING_RATE,
+        callbacks=False,
     )
     trained = len(rows) + compare
     run = _Run(settings or VisionSettings(), seed, output, len(rows) - compare)

@@ -274,13 +274,6 @@ MUTATIONS = [
         EDGES,
     ),
     Mutation(
-        "ranks read past the last",
-        RESIDUAL,
-        "rank_mask = (t[:, None] < tokens) & (r < rank)",
-        "rank_mask = t[:, None] < tokens",
-        EDGES,
-    ),
-    Mutation(
         "z written past its edge",
         RESIDUAL,
         "z.to(z_ptr.dtype.element_ty), mask=inside)",
