@@ -118,7 +118,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=("retrieval", "vision"), default="retrieval")
     parser.add_argument("--method", action="append", help="only this method, may be given again (default: all)")
     parser.add_argument("--compare", action="store_true", help="fine-tune the whole model too")
-    parser.add_argument("--budget", type=float, default=90.0, metavar="SECONDS", help="training is cut to fit (90)")
+    parser.add_argument("--budget", type=float, default=180.0, metavar="SECONDS", help="training is cut to fit (180)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", metavar="DIR", help="folder for the adapters (default: petune-demo)")
 

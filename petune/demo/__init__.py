@@ -16,7 +16,7 @@ __all__ = ["DemoResult", "run_demo"]
 def run_demo(
     task: Literal["retrieval", "vision"] = "retrieval",
     compare: bool = False,
-    budget_s: float = 90.0,
+    budget_s: float = 180.0,
     seed: int = 0,
     methods: Sequence[str] | None = None,
     output: str | Path | None = None,
@@ -45,7 +45,7 @@ def run_demo(
     if task not in ("retrieval", "vision"):
         raise ValueError(f"task={task!r} is not known to the demo; use 'retrieval' or 'vision'.")
     if not budget_s > 0:
-        raise ValueError(f"budget_s={budget_s} leaves no time; use a number of seconds above 0, such as 90.")
+        raise ValueError(f"budget_s={budget_s} leaves no time; use a number of seconds above 0, such as 180.")
     folder = Path("petune-demo" if output is None else output)
     if task == "retrieval":
         from petune.demo.retrieval import run_retrieval as run

@@ -103,7 +103,7 @@ def demo_encoder() -> Path:
 def run_retrieval(
     *,
     compare: bool = False,
-    budget_s: float = 90.0,
+    budget_s: float = 180.0,
     seed: int = 0,
     methods: Sequence[str] | None = None,
     output: Path,

@@ -71,7 +71,7 @@ class _Outcome:
 def run_vision(
     *,
     compare: bool = False,
-    budget_s: float = 90.0,
+    budget_s: float = 180.0,
     seed: int = 0,
     methods: Sequence[str] | None = None,
     output: Path,
