@@ -14,7 +14,7 @@ def calls(monkeypatch) -> list[dict]:
 
 def test_the_defaults_are_the_demonstrations_own(calls):
     assert main(["demo"]) == 0
-    defaults = {"task": "retrieval", "compare": False, "budget_s": 90.0, "seed": 0, "methods": None, "output": None}
+    defaults = {"task": "retrieval", "compare": False, "budget_s": 180.0, "seed": 0, "methods": None, "output": None}
     assert calls == [defaults]
 
 
