@@ -17,7 +17,6 @@ nowhere above 1.03.
 import argparse
 import copy
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -28,8 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
-import sklearn
 import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -37,10 +34,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import petune
+from benchmarks.common import environment, train
 from benchmarks.emoe_routing import capacity, compare, time_rows
 from benchmarks.emoe_tasks import IN_DOMAIN, SHIFTED, WordOrder
-from benchmarks.lora_cpu import cpu_name
 from benchmarks.onebit_tasks import batches
 from petune import EmoeConfig, FusedLoraConfig
 
@@ -93,20 +89,11 @@ class Plan:
 
 
 def fit(task: WordOrder, side: str, learning_rate: float, seed: int) -> PeftModel:
-    """Train for all of the task's steps; the rate rises for a tenth of them and falls along a cosine."""
+    """Train for all of the task's steps."""
     torch.manual_seed(seed)  # of the adapter's weights, and from here on of dropout
-    model = get_peft_model(copy.deepcopy(task.base), SIDES[side](seed)).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=task.steps + 1, pct_start=0.1, cycle_momentum=False
-    )
-    for batch in batches(task.rows("train"), task.batch_size, task.steps, seed):
-        task.loss(model, batch).backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return model.eval()
+    model = get_peft_model(copy.deepcopy(task.base), SIDES[side](seed))
+    steps = batches(task.rows("train"), task.batch_size, task.steps, seed)
+    return train(model, task, steps, task.steps, learning_rate, WEIGHT_DECAY)
 
 
 def reloaded(task: WordOrder, model: PeftModel) -> PeftModel:
@@ -222,19 +209,6 @@ def gates(result: Mapping[str, Any]) -> dict[str, Any]:
         name = f"{row['device']} {row['dtype']}, {row['top_k']} of {row['num_experts']}, {row['tokens']} tokens, time"
         verdicts[name] = (row["sparse"]["ratio"], FAST_GATE if row["tokens"] >= FAST_TOKENS else SLOW_GATE)
     return {name: {"value": v, "limit": limit, "passed": v <= limit} for name, (v, limit) in verdicts.items()}
-
-
-def environment() -> dict[str, Any]:
-    versions = {m.__name__: m.__version__ for m in (petune, torch, peft, transformers, sklearn)}
-    return {
-        "hardware": {
-            "cpu": cpu_name(),
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        },
-        "versions": {**versions, "python": platform.python_version()},
-    }
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

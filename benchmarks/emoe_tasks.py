@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from benchmarks import onebit_tasks
-from benchmarks.onebit_tasks import TEST_SEED, States, _half_precision, _shuffled, _split_files
+from benchmarks.onebit_tasks import TEST_SEED, States, half_precision, shuffled, split_files
 from petune.demo.docstrings import PAIRS_PER_FILE, pairs_in, source_files
 from petune.demo.retrieval import demo_encoder
 
@@ -45,8 +45,8 @@ class WordOrder(onebit_tasks.WordOrder):
         self.base = _halves()[1]
         self.steps = 2 if smoke else 160
         self.texts, self.labels, files = _texts(smoke)
-        pool, test = _split_files(np.arange(len(files)), files, 0.35, TEST_SEED)
-        train, validation = _split_files(pool.numpy(), files, 0.25, seed)
+        pool, test = split_files(np.arange(len(files)), files, 0.35, TEST_SEED)
+        train, validation = split_files(pool.numpy(), files, 0.25, seed)
         shifted = torch.arange(len(files), len(self.labels))
         self.parts: Any = {
             "train": train,
@@ -86,7 +86,7 @@ def _texts(smoke: bool) -> tuple[Mapping[str, Tensor], Tensor, list[str]]:
     own = dict(islice(_docstrings(Path(sysconfig.get_path("stdlib"))), limit))
     found = dict(one for package in PACKAGES for one in islice(_docstrings(_folder(package)), limit))
     others = draw.sample([words for words in found if words not in own], 40 if smoke else NUM_SHIFTED)
-    texts = [text for words in (*own, *others) for text in (" ".join(words), " ".join(_shuffled([*words], draw)))]
+    texts = [text for words in (*own, *others) for text in (" ".join(words), " ".join(shuffled([*words], draw)))]
     return _states(texts), torch.arange(len(texts)) % 2, [file for file in own.values() for _ in range(2)]
 
 
@@ -96,7 +96,7 @@ def _states(texts: list[str]) -> Mapping[str, Tensor]:
     tokenizer = AutoTokenizer.from_pretrained(str(demo_encoder()))
     found = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     ids, mask = found["input_ids"], found["attention_mask"]
-    with _half_precision():
+    with half_precision():
         states = [
             _halves()[0](input_ids=ids[rows], attention_mask=mask[rows])[0].float()
             for rows in torch.arange(len(texts)).split(64)

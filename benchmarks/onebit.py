@@ -17,12 +17,10 @@ import copy
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -33,17 +31,13 @@ from typing import Any, NamedTuple, TypeVar
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the jobs are the parallelism
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import peft
-import sklearn
 import torch
-import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import petune
-from benchmarks.lora_cpu import cpu_name
+from benchmarks.common import environment, optimizer_of, quieten, train
 from benchmarks.onebit_tasks import Backbone, Digits, Retrieval, Task, WordOrder, batches, noisy_negative, turned
 from petune import BiAdapterConfig, BiLoraConfig, FusedLoraConfig
 
@@ -104,24 +98,11 @@ def wrap(task: Task, side: str, scale: float, seed: int) -> PeftModel:
     return get_peft_model(copy.deepcopy(task.base), SIDES[side](list(task.targets), scale))  # pyright: ignore
 
 
-def optimizer_of(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=learning_rate, weight_decay=WEIGHT_DECAY)
-
-
 def fit(task: Task, side: str, learning_rate: float, scale: float, seed: int) -> PeftModel:
-    """Train for all of the task's steps; the rate rises for a tenth of them and falls along a cosine."""
-    model = wrap(task, side, scale, seed).train()
-    optimizer = optimizer_of(model, learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=task.steps + 1, pct_start=0.1, cycle_momentum=False
-    )
-    for batch in batches(task.rows("train"), task.batch_size, task.steps, seed):
-        task.loss(model, batch).backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return model.eval()
+    """Train for all of the task's steps."""
+    model = wrap(task, side, scale, seed)
+    steps = batches(task.rows("train"), task.batch_size, task.steps, seed)
+    return train(model, task, steps, task.steps, learning_rate, WEIGHT_DECAY)
 
 
 def reloaded(task: Task, model: PeftModel) -> tuple[PeftModel, int]:
@@ -220,7 +201,7 @@ def time_rows(names: Sequence[str], plan: Plan) -> list[dict[str, Any]]:
         task = {**TASKS, **ONLY_TIMED}[name](0, plan.smoke)
         sides = (parent, *others)
         models = {side: wrap(task, side, 1.0, 0).train() for side in sides}
-        optimizers = {side: optimizer_of(model, 1e-4) for side, model in models.items()}
+        optimizers = {side: optimizer_of(model, 1e-4, WEIGHT_DECAY) for side, model in models.items()}
         medians: dict[str, list[float]] = {side: [] for side in sides}
         for repetition in range(plan.repetitions):
             seconds: dict[str, list[float]] = {side: [] for side in sides}
@@ -276,26 +257,6 @@ def gates(tasks: Mapping[str, Mapping[str, Any]], times: Sequence[Mapping[str, A
     for row in times:
         verdicts[f"{row['task']}: {row['side']} / {row['parent']}, step"] = (row["ratio"], STEP_GATE)
     return {name: {"value": v, "limit": limit, "passed": v <= limit} for name, (v, limit) in verdicts.items()}
-
-
-def quieten() -> None:
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(1)
-
-
-def environment() -> dict[str, Any]:
-    versions = {m.__name__: m.__version__ for m in (petune, torch, peft, transformers, sklearn)}
-    return {
-        "hardware": {
-            "cpu": cpu_name(),
-            "machine": platform.machine(),
-            "threads": 1,
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        },
-        "versions": {**versions, "python": platform.python_version()},
-    }
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

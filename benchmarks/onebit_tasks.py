@@ -163,7 +163,7 @@ class Texts:
         """Mean token state of each text at length one, [rows, hidden_size]."""
         mask = texts["mask"][rows]
         mask = mask[:, : int(mask.sum(1).max())]
-        with _half_precision():
+        with half_precision():
             states = texts["states"][rows, : mask.shape[1]]
             states = model(inputs_embeds=states, attention_mask=mask).last_hidden_state.float()
         pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -188,7 +188,7 @@ class Retrieval(Texts):
         self.steps = 2 if smoke else 90
         self.queries, self.documents, files, test = _retrieval_texts(smoke)
         pool = np.arange(test, len(files))  # the test pairs come first
-        train, validation = _split_files(pool, files, 0.3, seed)
+        train, validation = split_files(pool, files, 0.3, seed)
         self.parts: dict[Part, Tensor] = {"train": train, "validation": validation, "test": torch.arange(test)}
 
     def rows(self, part: Part) -> int:
@@ -218,8 +218,8 @@ class WordOrder(Texts):
         super().__init__()
         self.steps = 2 if smoke else 160
         self.texts, self.labels, files = _order_texts(smoke)
-        pool, test = _split_files(np.arange(len(files)), files, 0.35, TEST_SEED)
-        train, validation = _split_files(pool.numpy(), files, 0.25, seed)
+        pool, test = split_files(np.arange(len(files)), files, 0.35, TEST_SEED)
+        train, validation = split_files(pool.numpy(), files, 0.25, seed)
         self.parts: dict[Part, Tensor] = {"train": train, "validation": validation, "test": test}
         self.head = self._probe()
 
@@ -278,7 +278,7 @@ def batches(rows: int, batch_size: int, steps: int, seed: int) -> list[Tensor]:
     return found[:steps]
 
 
-def _half_precision() -> torch.autocast:
+def half_precision() -> torch.autocast:
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_fast_bf16())
 
 
@@ -324,7 +324,7 @@ def _states(texts: list[str], max_tokens: int) -> dict[str, Tensor]:
     tokenizer, lower, _ = _halves()
     found = tokenizer(texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
     ids, mask = found["input_ids"], found["attention_mask"]
-    with _half_precision():
+    with half_precision():
         states = [
             lower(input_ids=ids[rows], attention_mask=mask[rows]).last_hidden_state.float()
             for rows in torch.arange(len(texts)).split(64)
@@ -349,12 +349,12 @@ def _order_texts(smoke: bool) -> tuple[dict[str, Tensor], Tensor, list[str]]:
     texts, files = list[str](), list[str]()
     for pair in _docstrings()[: 100 if smoke else None]:
         words = pair.docstring.split()[:16]
-        texts += [" ".join(words), " ".join(_shuffled(words, draw))]
+        texts += [" ".join(words), " ".join(shuffled(words, draw))]
         files += [pair.file, pair.file]
     return _states(texts, 32), torch.arange(len(texts)) % 2, files
 
 
-def _shuffled(words: list[str], draw: random.Random, span: int = 4) -> list[str]:
+def shuffled(words: list[str], draw: random.Random, span: int = 4) -> list[str]:
     """The words with `span` in a row in another order."""
     windows = [words[start : start + span] for start in range(len(words) - span + 1)]
     start = draw.choice([start for start, window in enumerate(windows) if len(set(window)) > 1])
@@ -374,7 +374,7 @@ def _docstrings() -> list[DocPair]:
     return found
 
 
-def _split_files(rows: NDArray[np.int64], files: Sequence[str], share: float, seed: int) -> tuple[Tensor, Tensor]:
+def split_files(rows: NDArray[np.int64], files: Sequence[str], share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Rows of most files, and rows of `share` of the files."""
     first, second = next(
         GroupShuffleSplit(1, test_size=share, random_state=seed).split(rows, groups=[files[row] for row in rows])

@@ -20,12 +20,10 @@ import copy
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -34,18 +32,14 @@ from typing import Any, Literal, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the jobs are the parallelism
 
-import peft
-import sklearn
 import torch
-import transformers
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import petune
-from benchmarks.lora_cpu import cpu_name
+from benchmarks.common import environment, quieten
 from benchmarks.onebit_tasks import batches
 from benchmarks.pat_tasks import Digits, Prose, shapes
 from petune import FusedLoraConfig, PatConfig
@@ -392,26 +386,6 @@ def gates(result: Mapping[str, Any]) -> dict[str, Any]:
     for row in result.get("step", {"rows": ()})["rows"]:
         verdicts[f"{row['model']}: {row['side']} / LoRA, step"] = (row["ratio"], STEP_GATE)
     return {name: {"value": v, "limit": limit, "passed": v <= limit} for name, (v, limit) in verdicts.items()}
-
-
-def quieten() -> None:
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(1)
-
-
-def environment() -> dict[str, Any]:
-    versions = {m.__name__: m.__version__ for m in (petune, torch, peft, transformers, sklearn)}
-    return {
-        "hardware": {
-            "cpu": cpu_name(),
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        },
-        "versions": {**versions, "python": platform.python_version()},
-    }
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,5 +1,6 @@
 """What layers with a low-rank update share: when the fused operator may stand for a call, and `LowRankLayer`."""
 
+import math
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
@@ -71,6 +72,17 @@ class LowRankLayer(PetuneLayer):
         if _has_any_global_hook() or uncovered_base(self.base_layer) or x.shape[-1] != self.in_features:
             return False
         return takes(x, tensor(self.base_layer, "weight"), self.cast_input_dtype_enabled)
+
+
+def lora_factors(
+    in_features: int, out_features: int, rank: int, *, identity: bool
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """A [rank, in_features] and B [out_features, rank] as PEFT's LoRA starts them; B = 0, the identity, or random."""
+    a, b = torch.empty(rank, in_features), torch.zeros(out_features, rank)
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    if not identity:
+        nn.init.normal_(b, 0.0, 0.3)
+    return nn.Parameter(a), nn.Parameter(b)
 
 
 def rank_mask(x: Tensor, rank: int, dropout_p: float) -> Tensor:

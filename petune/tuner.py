@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from petune.block_layer import PetuneBlock
 from petune.blocks import has_width
 from petune.config import PetuneConfig
-from petune.hooks import remove_hooks
+from petune.hooks import remove_hooks, share_of_step
 from petune.layer import BASE, AdapterLayer
 from petune.topology import closest_modules, find_topology, resolve_targets
 
@@ -233,7 +233,7 @@ class PetuneTuner(BaseTuner):
         if model.training and getattr(output, "loss", None) is not None:
             extra = self.auxiliary_loss()
             if extra is not None:
-                output.loss = output.loss + extra * _share(model, kwargs)
+                output.loss = output.loss + extra * share_of_step(model, kwargs)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -358,19 +358,6 @@ def base_shape(model: nn.Module) -> dict[str, int | str]:
     """Model type and sizes by which an adapter knows its base: {} for a model without a Hugging Face config."""
     config = getattr(model, "config", None)
     return {name: getattr(config, name) for name in _SHAPE if getattr(config, name, None) is not None}
-
-
-def _share(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
-    """How much of an optimiser step this forward is, where transformers' Trainer gathers gradients over several.
-
-    It has the model divide its loss by the labels of all of them, and divides by their number no more.
-    """
-    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-    if items is None or not isinstance(labels, Tensor):
-        return 1.0
-    if getattr(model, "loss_type", None) == "ForCausalLM":
-        labels = labels[..., 1:]  # the first token is not predicted, and not counted
-    return labels.ne(-100).sum() / items
 
 
 def _say(shape: dict[str, int | str]) -> str:

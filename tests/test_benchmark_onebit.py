@@ -91,7 +91,7 @@ def test_shuffled_words_are_the_same_words_in_another_order():
     assert len(texts["states"]) == len(labels) == len(files) == 2 * labels.sum()
     words = ["a", "a", "a", "a", "a", "b", "c", "d", "e"]
     for seed in range(20):
-        shuffled = onebit_tasks._shuffled(words, onebit_tasks.random.Random(seed))
+        shuffled = onebit_tasks.shuffled(words, onebit_tasks.random.Random(seed))
         changed = [at for at, (old, new) in enumerate(zip(words, shuffled, strict=True)) if old != new]
         assert sorted(shuffled) == words
         assert 0 < changed[-1] - changed[0] < 4

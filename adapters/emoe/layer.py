@@ -11,7 +11,7 @@ from petune.adapters.emoe.config import EmoeConfig
 from petune.adapters.emoe.router import Router
 from petune.adapters.emoe.scores import Around, expert_scores
 from petune.layer import BASE
-from petune.low_rank import Factors, LowRankLayer, tensor
+from petune.low_rank import Factors, LowRankLayer, lora_factors, tensor
 
 
 class EmoeLayer(LowRankLayer):
@@ -40,11 +40,8 @@ class EmoeLayer(LowRankLayer):
     def create(self, name: str, config: EmoeConfig) -> None:
         self.scale[name], self.dropout_p[name] = config.scale, config.lora_dropout
         if self.takes_lora:
-            a, b = torch.empty(config.r, self.in_features), torch.zeros(self.out_features, config.r)
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-            if not config.init_weights:
-                nn.init.normal_(b, 0.0, 0.3)
-            self.petune_emoe_a[name], self.petune_emoe_b[name] = nn.Parameter(a), nn.Parameter(b)
+            a, b = lora_factors(self.in_features, self.out_features, config.r, identity=bool(config.init_weights))
+            self.petune_emoe_a[name], self.petune_emoe_b[name] = a, b
         if self.takes_dense:
             dense = torch.zeros(self.out_features, self.in_features)
             if not config.init_weights:

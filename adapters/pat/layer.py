@@ -11,7 +11,7 @@ from petune.adapters.pat.config import PatConfig
 from petune.adapters.pat.mask import ChannelMask
 from petune.kernels.residual_low_rank import residual_low_rank
 from petune.layer import AdapterLayer
-from petune.low_rank import Factors, LowRankLayer
+from petune.low_rank import Factors, LowRankLayer, lora_factors
 
 
 class Masks:
@@ -126,11 +126,8 @@ class PatLinear(LowRankLayer, PatSite):
     def create(self, name: str, config: PatConfig) -> None:
         self.scale[name], self.dropout_p[name] = config.scale, config.lora_dropout
         if self.takes_lora:
-            a, b = torch.empty(config.r, self.in_features), torch.zeros(self.out_features, config.r)
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-            if not config.init_weights:
-                nn.init.normal_(b, 0.0, 0.3)
-            self.petune_pat_a[name], self.petune_pat_b[name] = nn.Parameter(a), nn.Parameter(b)
+            a, b = lora_factors(self.in_features, self.out_features, config.r, identity=bool(config.init_weights))
+            self.petune_pat_a[name], self.petune_pat_b[name] = a, b
         if self.takes_hybrid:
             self.petune_pat_hybrid[name] = Hybrid(config, self.out_features)
 

@@ -1,7 +1,6 @@
 """Find the docstring that belongs to a signature, before and after fine-tuning a sentence encoder."""
 
 import importlib.util
-import pkgutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -228,14 +227,13 @@ class _Run:
             return [task.encode(some, max_length=self.settings.max_tokens) for some in texts]
 
     def _trainer(self, stages: Stages, trial: Trial) -> L.Trainer:
-        own = [pkgutil.resolve_name(path)() for path in trial.callbacks]
         return L.Trainer(
             accelerator="cpu",
             devices=1,
             precision="bf16-mixed" if has_fast_bf16() else "32-true",
             max_steps=self.steps,
             max_time=timedelta(seconds=2 * self.share_s),  # the estimate may be wrong, not by more than this
-            callbacks=[StepsDone(stages, 20.0, self.steps), *own],
+            callbacks=[StepsDone(stages, 20.0, self.steps), *trial.make_callbacks()],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -1,6 +1,7 @@
 """What is trained: every installed method with the settings of its recipe, and full fine-tuning."""
 
 import importlib
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -27,6 +28,10 @@ class Trial:
     """None where the whole model trains."""
     callbacks: tuple[str, ...] = ()
     """Class paths of the Lightning callbacks that the method's recipe brings, such as the schedule of a mask."""
+
+    def make_callbacks(self) -> list[Any]:
+        """New instances of `callbacks`."""
+        return [pkgutil.resolve_name(path)() for path in self.callbacks]
 
 
 def trials(
