@@ -117,9 +117,13 @@ class ChannelMask(nn.Module):
         return (self.logits * self._rate <= -_LIMIT).logical_not().sum()  # NaN is for the loss to report
 
     @property
+    def current_temperature(self) -> float:
+        """τ as it is in use: at step 0 known without the length of the training, and at rest before the milestone."""
+        return self.temperature(int(min(self.now, self._rest))) if self.now else 1.0
+
+    @property
     def _rate(self) -> float:
-        """τ · mask_lr_mult; at step 0 it is known without the length of the training."""
-        return self.speed * (self.temperature(int(min(self.now, self._rest))) if self.now else 1.0)
+        return self.speed * self.current_temperature
 
     @property
     def _rest(self) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from petune.adapters.pat.config import PatConfig
 from petune.adapters.pat.layer import Hybrid, Masks, PatLinear, PatNorm, PatSite, norm_kind
 from petune.adapters.pat.mask import ChannelMask
-from petune.adapters.pat.prune import Form, Pruning, check_form
+from petune.adapters.pat.prune import Form, Pruning, check_form, width_fault
 from petune.adapters.pat.sites import find_sites
 from petune.config import PetuneConfig
 from petune.hooks import remove_hooks
@@ -65,7 +65,13 @@ class PatModel(PetuneTuner):
     def _prepare_adapter_config(self, peft_config: PetuneConfig, model_config: dict[str, Any]) -> PetuneConfig:
         assert isinstance(peft_config, PatConfig)
         self._sites = find_sites(self.model)
-        peft_config.kept(self._sites.width)
+        fault = width_fault(self.model, self._sites, peft_config.kept(self._sites.width))
+        if fault:
+            warnings.warn(
+                f"{type(self.model.config).__name__} cannot express the pruned model ({fault}), so its export will be "
+                "compact; for a stock one set round_to to the number of heads.",
+                stacklevel=2,
+            )
         for name in self._sites.norms:
             norm_kind(_innermost(self.model, name))
         peft_config.pruned_modules = [*self._sites.writers, *self._sites.norms]

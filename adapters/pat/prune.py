@@ -7,6 +7,7 @@ their inner sizes.
 """
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,6 +26,8 @@ from petune.blocks import CONVOLUTIONS
 from petune.layer import linear_shape
 from petune.probe import first_output, probe_inputs
 from petune.pruned import mark_pruned, resize
+
+logger = logging.getLogger(__name__)
 
 Form = Literal["auto", "stock", "compact"]
 
@@ -82,6 +85,7 @@ class Pruning:
         stock = None if form == "compact" else self._stock(tensors)
         if stock is not None:
             checked(stock)
+            self._tell_of_tied()
             unload()
             return stock
         if form == "stock":
@@ -237,7 +241,7 @@ class Pruning:
         """A model of the same class with a config of the kept width; None where its tensors have other shapes."""
         if not isinstance(self.model, PreTrainedModel):
             return None
-        config = self._config()
+        config = narrow_config(self.model, self.sites, len(self.keep))
         if config is None:
             return None
         cls: Any = type(self.model)
@@ -257,28 +261,6 @@ class Pruning:
         new.generation_config = copy.deepcopy(getattr(self.model, "generation_config", None))
         new.name_or_path = self.model.name_or_path
         return new.train(self.model.training)
-
-    def _config(self) -> Any:
-        """The config of the pruned model, as far as this architecture's config can say it."""
-        config: Any = copy.deepcopy(self.model.config)
-        width, kept = self.sites.width, len(self.keep)
-        field = next((name for name in _WIDTH_FIELDS if config.to_dict().get(name) == width), None)
-        if field is None:
-            return None
-        setattr(config, field, kept)
-        topology = self.sites.topology
-        attention_out, ffn_out = (
-            _base(self.model.get_submodule(r[0])) for r in (topology.attention_out, topology.ffn_out)
-        )
-        inner = linear_shape(ffn_out)[0]
-        if "d_kv" not in config.to_dict():
-            config.head_dim = linear_shape(attention_out)[0] // config.num_attention_heads
-        if hasattr(config, "mlp_ratio"):  # an integer: the feed-forward may get more neurons than it had, all zero
-            config.mlp_ratio = _ratio(inner, kept, gated=getattr(config, "use_swiglu_ffn", False))
-        if getattr(config, "n_inner", inner) is None:
-            config.n_inner = inner
-        config.tie_word_embeddings = False  # the embedding was mapped, the head only cut
-        return config
 
     def _padded(self, tensors: dict[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
         """The tensors with zero neurons added to feed-forwards that the config makes larger: their activation is 0."""
@@ -303,6 +285,15 @@ class Pruning:
             found["lm_head.weight"] = found["lm_head.weight"] * math.sqrt(len(self.keep) / self.sites.width)
         return found
 
+    def _tell_of_tied(self) -> None:
+        config = self.model.config.get_text_config()
+        if getattr(config, "tie_word_embeddings", False) and self.model.get_output_embeddings() is not None:
+            more = self.model.get_output_embeddings().weight.shape[0] * len(self.keep)
+            logger.info(
+                "tie_word_embeddings set to False (%+d parameters): the embeddings were mapped, the head only cut.",
+                more,
+            )
+
     def _no_stock(self) -> ValueError:
         config = type(self.model.config).__name__
         heads = getattr(self.model.config, "num_attention_heads", "?")
@@ -310,6 +301,39 @@ class Pruning:
             f"{config} cannot express head_dim != hidden_size / {heads}, or another size that the pruned model has"
             f"{self.fault}; use export='compact', which petune.load_pruned loads, or train with another target_dim."
         )
+
+
+def narrow_config(model: Any, sites: Sites, kept: int) -> Any:
+    """The config of a model with `kept` residual channels, as far as its architecture's can say it; or None."""
+    config: Any = copy.deepcopy(model.config)
+    field = next((name for name in _WIDTH_FIELDS if config.to_dict().get(name) == sites.width), None)
+    if field is None:
+        return None
+    setattr(config, field, kept)
+    topology = sites.topology
+    attention_out, ffn_out = (_base(model.get_submodule(r[0])) for r in (topology.attention_out, topology.ffn_out))
+    inner = linear_shape(ffn_out)[0]
+    if "d_kv" not in config.to_dict():
+        config.head_dim = linear_shape(attention_out)[0] // config.num_attention_heads
+    if hasattr(config, "mlp_ratio"):  # an integer: the feed-forward may get more neurons than it had, all zero
+        config.mlp_ratio = _ratio(inner, kept, gated=getattr(config, "use_swiglu_ffn", False))
+    if getattr(config, "n_inner", inner) is None:
+        config.n_inner = inner
+    config.tie_word_embeddings = False  # the embedding was mapped, the head only cut
+    return config
+
+
+def width_fault(model: nn.Module, sites: Sites, kept: int) -> str:
+    """What the model's config has against `kept` channels, where it takes other numbers of them; "" for nothing."""
+    if not (isinstance(model, PreTrainedModel) and hasattr(model.config, "head_dim")):
+        return ""
+    config = narrow_config(model, sites, kept)
+    try:
+        if config is not None:
+            config.validate_architecture()
+    except ValueError as error:
+        return str(error).removesuffix(".")
+    return ""
 
 
 Cut = Callable[[str, Tensor], Tensor]

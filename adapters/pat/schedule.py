@@ -76,7 +76,7 @@ class MaskSchedule:
         """Channels that M lets pass (M ≥ ½), the temperature of a soft mask, and the terms of the last loss."""
         mask, found = self.mask, {"pat/kept_channels": float((self.mask.value() >= 0.5).sum())}
         if not mask.is_final:
-            found["pat/temperature"] = mask._rate / mask.speed  # not temperature(now): it rests before the milestone
+            found["pat/temperature"] = mask.current_temperature
         return {**found, **{f"pat/{term}_loss": float(value) for term, value in self.tuner.terms.items()}}
 
     def finish(self) -> None:

@@ -74,6 +74,18 @@ def test_a_stream_whose_width_changes_is_refused(head):
     refuses(build("swin", head), config(), message)
 
 
+def test_a_width_that_the_config_does_not_take_is_told_before_the_training():
+    message = r"LlamaConfig cannot express the pruned model \(.*\), so its export will be compact; for a stock one set"
+    with pytest.warns(UserWarning, match=message):
+        model = get_peft_model(shaken("llama", "lm"), config(target_dim=21))
+    model.base_model.finalize()
+    assert hasattr(model.merge_and_unload(), "petune_pruned")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(shaken("llama", "lm"), config(target_dim=20))
+        get_peft_model(shaken("bert"), config(target_dim=21))  # compact whatever the width
+
+
 def test_an_unknown_architecture_is_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     refuses(model, config(), "PatConfig cannot locate the residual writers of Sequential: ")

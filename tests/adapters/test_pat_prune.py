@@ -1,6 +1,7 @@
 """The way out of pruning-aware tuning: the pruned model computes what the masked one did, and loads everywhere."""
 
 import json
+import logging
 import subprocess
 import sys
 import textwrap
@@ -260,6 +261,18 @@ def test_transformers_alone_loads_the_stock_export_and_gives_the_same_logits(tmp
     errors = json.loads(done.stdout.splitlines()[-1])
     assert errors.keys() == {*STOCK, "phi"}
     assert [name for name, (error, keys) in errors.items() if not error <= EXACT or keys] == []
+
+
+def test_embeddings_that_come_apart_are_told_of(caplog):
+    with caplog.at_level(logging.INFO, logger="petune"):
+        masked("gemma", "lm").merge_and_unload()
+        assert caplog.messages == [
+            f"tie_word_embeddings set to False (+{VOCAB * KEPT} parameters): the embeddings were mapped, the head only "
+            "cut."
+        ]
+        caplog.clear()
+        masked("llama", "lm").merge_and_unload()
+    assert caplog.messages == []
 
 
 COMPACT_HEADS = [*((family, last_head(family)) for family in COMPACT), ("t5", "cls")]
