@@ -267,8 +267,8 @@ def test_embeddings_that_come_apart_are_told_of(caplog):
     with caplog.at_level(logging.INFO, logger="petune"):
         masked("gemma", "lm").merge_and_unload()
         assert caplog.messages == [
-            f"tie_word_embeddings set to False (+{VOCAB * KEPT} parameters): the embeddings were mapped, the head only "
-            "cut."
+            f"tie_word_embeddings set to False (+{VOCAB * KEPT} parameters): "
+            "the embeddings were mapped, the head only cut."
         ]
         caplog.clear()
         masked("llama", "lm").merge_and_unload()
