@@ -86,7 +86,7 @@ def small(**changes: Any) -> problem.Problem:
 
 def test_linear_smoke_checks_and_times_every_side(tmp_path, wheel, capsys):
     out = tmp_path / "linear.json"
-    assert lora_linear.main(["--smoke", "--out", str(out), "--unsloth", str(wheel)]) == 0
+    assert lora_linear.main(["--smoke", "--budget-s", "3600", "--out", str(out), "--unsloth", str(wheel)]) == 0
     content = json.loads(out.read_text())
     assert content["smoke"]
     assert content["complete"]
@@ -113,7 +113,7 @@ def test_linear_smoke_checks_and_times_every_side(tmp_path, wheel, capsys):
 @pytest.mark.slow
 def test_step_smoke_trains_every_side_to_the_same_loss(tmp_path, wheel):
     out = tmp_path / "step.json"
-    assert lora_step.main(["--smoke", "--out", str(out), "--unsloth", str(wheel)]) == 0
+    assert lora_step.main(["--smoke", "--budget-s", "3600", "--out", str(out), "--unsloth", str(wheel)]) == 0
     content = json.loads(out.read_text())
     assert [row["name"] for row in content["rows"]] == ["Llama-1B", "Llama-1B, checkpointing", "ViT-B/16"]
     for row in content["rows"]:
