@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -42,7 +42,7 @@ _PACKAGES = (
 class Recipe:
     """A YAML file shipped with petune: of a task (`tasks/<name>.yaml`) or a method (`adapters/<name>/recipe.yaml`).
 
-    A folder of several methods has several such files, which are named by their configs.
+    A folder of several methods has a file for each, `<name>.yaml`.
     """
 
     name: str
@@ -77,12 +77,10 @@ def _package_folder(name: str) -> Path:
 def recipes() -> list[Recipe]:
     """Shipped recipes: tasks first, then methods, each by name."""
     tasks = sorted(_package_folder("petune.tasks").glob("*.yaml"))
-    methods: list[Recipe] = []
-    for folder in _package_folder("petune.adapters").iterdir():
-        found = [Recipe(folder.name, "method", path) for path in folder.glob("*.yaml")]
-        if len(found) > 1:
-            found = [replace(each, name=each.config_name.removesuffix("Config").lower()) for each in found]
-        methods += found
+    methods = [
+        Recipe(path.parent.name if path.stem == "recipe" else path.stem, "method", path)
+        for path in _package_folder("petune.adapters").glob("*/*.yaml")
+    ]
     return [Recipe(path.stem, "task", path) for path in tasks] + sorted(methods, key=lambda each: each.name)
 
 
