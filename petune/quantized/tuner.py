@@ -231,12 +231,18 @@ def _entries(model: nn.Module, adapter_name: str) -> Iterator[tuple[Entry, str]]
         parts = plain_name(path).split(".")
         if not isinstance(module, QuantizedLinear | PackedLinear):
             continue
-        if module.quantization.active and adapter_name in parts:
-            at = len(parts) - 1 - parts[::-1].index(adapter_name)
+        at = _adapter_part(parts)
+        if module.quantization.active and at is not None and parts[at] == adapter_name:
             name = ".".join(parts[:at] + parts[at + 1 :])
             name = name if name.startswith(_ROOT) else _ROOT + name
             shape = torch.Size((module.out_features, module.in_features))
             yield Entry(name, shape, module.quantization), path
+
+
+def _adapter_part(parts: list[str]) -> int | None:
+    """Where in a path the adapter's name is: behind a container of ours, or PEFT's for heads."""
+    containers = [at for at, part in enumerate(parts[:-1]) if part.startswith("petune_") or part == "modules_to_save"]
+    return containers[-1] + 1 if containers else None
 
 
 def layout_digest(entries: list[Entry]) -> str:
