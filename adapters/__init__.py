@@ -6,9 +6,9 @@ if __name__ != "petune.adapters":
         "write `import petune.adapters`, and run Python from outside of the repository's top folder or install it."
     )
 
-from petune.adapters import emoe, lora, onebit, pat
+from petune.adapters import emoe, lora, onebit, pat, side
 from petune.registry import load_entry_points
 
-__all__ = ["emoe", "lora", "onebit", "pat"]
+__all__ = ["emoe", "lora", "onebit", "pat", "side"]
 
 load_entry_points()

@@ -1,4 +1,4 @@
-"""Lightning callbacks: adapter-only checkpoints, the exported adapter folder, the memory report, routing, pruning."""
+"""Lightning callbacks: adapter-only checkpoints, the exported adapter, memory, routing, pruning, feature caching."""
 
 if __name__ != "petune.callbacks":
     raise ImportError(
@@ -9,6 +9,7 @@ if __name__ != "petune.callbacks":
 from petune.callbacks.adapter_checkpoint import AdapterCheckpoint
 from petune.callbacks.expert_usage import ExpertUsage
 from petune.callbacks.export_adapter import ExportAdapter
+from petune.callbacks.feature_cache import FeatureCaching
 from petune.callbacks.memory_report import MemoryReport
 from petune.callbacks.progress import ProgressBar
 from petune.callbacks.pruning_schedule import PruningSchedule
@@ -18,6 +19,7 @@ __all__ = [
     "AdapterCheckpoint",
     "ExpertUsage",
     "ExportAdapter",
+    "FeatureCaching",
     "MemoryReport",
     "ProgressBar",
     "PruningSchedule",

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from petune.adapters.lora import FusedLoraConfig, fuse, unfuse
     from petune.adapters.onebit import BiAdapterConfig, BiLoraConfig
     from petune.adapters.pat import PatConfig
+    from petune.adapters.side import HierarchicalSideConfig, LadderSideConfig
     from petune.export import export_lora, export_merged, load_adapter, save_adapter
     from petune.pruned import load_pruned
-    from petune.registry import methods, register_method
+    from petune.registry import methods
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,8 @@ __all__ = [
     "BiLoraConfig",
     "EmoeConfig",
     "FusedLoraConfig",
+    "HierarchicalSideConfig",
+    "LadderSideConfig",
     "PatConfig",
     "export_lora",
     "export_merged",
@@ -34,7 +37,6 @@ __all__ = [
     "load_adapter",
     "load_pruned",
     "methods",
-    "register_method",
     "save_adapter",
     "unfuse",
 ]
@@ -44,6 +46,8 @@ _HOME = {
     "BiLoraConfig": "petune.adapters.onebit",
     "EmoeConfig": "petune.adapters.emoe",
     "FusedLoraConfig": "petune.adapters.lora",
+    "HierarchicalSideConfig": "petune.adapters.side",
+    "LadderSideConfig": "petune.adapters.side",
     "PatConfig": "petune.adapters.pat",
     "fuse": "petune.adapters.lora",
     "unfuse": "petune.adapters.lora",
@@ -53,7 +57,6 @@ _HOME = {
     "save_adapter": "petune.export",
     "load_pruned": "petune.pruned",
     "methods": "petune.registry",
-    "register_method": "petune.registry",
 }
 
 

@@ -1,7 +1,7 @@
 """PetuneBlock: a frozen block, from hidden states to hidden states, and the adapters that live on it."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,11 +42,13 @@ class PetuneBlock(AdapterLayer):
         x = self._hidden_in(args, kwargs)
         if adapter_names is not None:
             self._check_rows(x, adapter_names)
+        return self._run(lambda output: self._updated(x, output, adapter_names), args, kwargs)
+
+    def _run(self, update: Callable[[Any], Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The block's output, updated before forward hooks on the block see it."""
         if not self.base_layer._forward_hooks:
-            return self._updated(x, self.base_layer(*args, **kwargs), adapter_names)
-        handle = self.base_layer.register_forward_hook(
-            lambda _block, _args, output: self._updated(x, output, adapter_names), prepend=True
-        )
+            return update(self.base_layer(*args, **kwargs))
+        handle = self.base_layer.register_forward_hook(lambda _block, _args, output: update(output), prepend=True)
         try:
             return self.base_layer(*args, **kwargs)
         finally:
@@ -58,7 +60,7 @@ class PetuneBlock(AdapterLayer):
             y = self._with_row_updates(y, adapter_names, x, y)
         else:
             y = self._with_updates(y, self.live_adapters(), x, y)
-        return _with_first(output, y)
+        return with_first(output, y)
 
     def _hidden_in(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         x = args[0] if args else kwargs.get("hidden_states")
@@ -96,7 +98,7 @@ class PetuneBlock(AdapterLayer):
             return getattr(self.get_base_layer(), name)
 
 
-def _with_first(output: Any, y: Tensor) -> Any:
+def with_first(output: Any, y: Tensor) -> Any:
     """`output` with y in the place of its hidden states."""
     if isinstance(output, list):
         return [y, *output[1:]]

@@ -12,6 +12,7 @@ from peft import PeftConfig
 import petune
 from petune.adapters.emoe import EmoeConfig
 from petune.adapters.pat import PatConfig
+from petune.adapters.side import HierarchicalSideConfig, LadderSideConfig
 from tests.adapters.block_shift import BlockShiftConfig
 from tests.adapters.dense_delta import DenseDeltaConfig
 from tests.adapters.relu_delta import ReluDeltaConfig
@@ -33,6 +34,8 @@ class Case:
     """Name of the dropout field."""
     default_targets: bool = True
     """Whether target_modules=None finds the targets of every family from the model's structure."""
+    chooses_targets: bool = True
+    """Whether the user may say what it adapts; a side network stands beside all blocks."""
     blocks: bool = False
     """Whether it wraps whole blocks, or any module from hidden states to hidden states, instead of linear layers."""
     identity: bool = True
@@ -69,6 +72,22 @@ class Case:
 
 
 RANDOM_LORA = {"init_lora_weights": False}
+BESIDE: dict[str, Any] = {
+    # what a side network is: one at a time, beside all blocks, with state between them, and no weight
+    "dropout": "dropout",
+    "chooses_targets": False,
+    "blocks": True,
+    "merges": False,
+    "mixed_batch": False,
+    "several_active": False,
+    "weighted": False,
+    "converts_to_lora": False,
+    "native": False,
+    "suite_models": (),
+}
+LADDER = {"reduction_factor": 4}
+HSIDE = {"dims": [8, 12, 16, 24], "heads": [2, 3, 4, 2]}
+VITS = ("vit", "deit", "dinov2", "ast")
 EMOE = {"r": 4, "num_experts": 4, "layers": "all", "lora_dropout": 0.0}
 
 CASES = (
@@ -132,6 +151,16 @@ CASES = (
         families=tuple(family for family in FAMILIES if family != "swin"),  # whose width changes on the way
         suite_models=(),  # they have no residual stream
     ),
+    Case("ladder", LadderSideConfig, LADDER, **BESIDE),
+    Case(
+        "ladder_1bit",
+        LadderSideConfig,
+        {**LADDER, "bits": 1},
+        packed=True,
+        resumable={"storage": "latent"},
+        families=("bert", "gpt2", "llama", "t5", "vit", "swin"),
+        **BESIDE,
+    ),
     Case("densedelta", DenseDeltaConfig, dropout="delta_dropout"),
     Case(
         "reludelta",
@@ -156,6 +185,24 @@ CASES = (
         converts_to_lora=False,
         suite_models=(),
     ),
+    Case("hside", HierarchicalSideConfig, HSIDE, families=VITS, **{**BESIDE, "dropout": "drop_path"}),
+    Case(
+        "hside_attached",
+        HierarchicalSideConfig,
+        {**HSIDE, "detach": False},
+        identity=False,  # the tokens that it learns take part in every block's attention
+        families=("vit", "dinov2"),
+        **{**BESIDE, "dropout": "drop_path"},
+    ),
+    Case(
+        "hside_1bit",
+        HierarchicalSideConfig,
+        {**HSIDE, "bits": 1},
+        packed=True,
+        resumable={"storage": "latent"},
+        families=("vit",),
+        **{**BESIDE, "dropout": "drop_path"},
+    ),
     # the control: what PEFT's own method fails here is no demand of the contract
     Case(
         "peft_lora",
@@ -173,8 +220,9 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def cases(**claims: bool) -> pytest.MarkDecorator:
-    """Parametrise over the methods whose row has all these claims; `cases(merges=False)` gives those without."""
-    rows = [case for case in CASES if _claims(case, claims)]
+    """Parametrise over the methods that work on texts and whose row has all these claims; `cases(merges=False)` gives
+    those without."""
+    rows = [case for case in CASES if "bert" in case.families and _claims(case, claims)]
     return pytest.mark.parametrize("case", rows, ids=lambda case: case.name)
 
 
