@@ -11,13 +11,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from petune.tasks.base import AdapterTask
     from petune.tasks.data import TextClassificationData, TextPairData
+    from petune.tasks.segmentation_data import SegmentationData
+    from petune.tasks.semantic_segmentation import SemanticSegmentation
     from petune.tasks.text_classification import TextClassification
     from petune.tasks.text_embedding import TextEmbedding
 
-__all__ = ["AdapterTask", "TextClassification", "TextClassificationData", "TextEmbedding", "TextPairData"]
+__all__ = [
+    "AdapterTask",
+    "SegmentationData",
+    "SemanticSegmentation",
+    "TextClassification",
+    "TextClassificationData",
+    "TextEmbedding",
+    "TextPairData",
+]
 
 _HOME = {
     "AdapterTask": "base",
+    "SegmentationData": "segmentation_data",
+    "SemanticSegmentation": "semantic_segmentation",
     "TextClassification": "text_classification",
     "TextClassificationData": "data",
     "TextEmbedding": "text_embedding",

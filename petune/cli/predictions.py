@@ -1,4 +1,4 @@
-"""Predictions as JSON lines: one object a row of the input, in its order, with the row's own columns."""
+"""Predictions as JSON lines: one object a row of the input, in its order, with the row's own columns; masks as PNG."""
 
 import json
 from collections.abc import Mapping
@@ -7,16 +7,22 @@ from typing import Any
 
 import datasets
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
 from torch import Tensor
 
 from petune.atomic import replacing_file
+from petune.tasks.segmentation_data import SegmentationData
 from petune.tasks.text_data import TextData
 
 
 class WritePredictions(Callback):
     """Collect the batches of a prediction, put them back into the order of the rows and write them at the end.
+
+    A mask, one class a pixel, becomes a PNG of the image's name in `<path without ending>_masks/`, as soon as it is
+    there; its row names the file.
 
     Args:
         path: file to write; a file that stands there is replaced once all rows are done.
@@ -36,8 +42,12 @@ class WritePredictions(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         names = getattr(pl_module, "labels", None)
+        data = getattr(trainer, "datamodule", None)
         for position, row in enumerate(batch["row"].tolist()):
-            self._rows[row] = {name: _one(name, values[position], names) for name, values in outputs.items()}
+            answers = {name: values[position] for name, values in outputs.items()}
+            if isinstance(data, SegmentationData):
+                answers["mask"] = str(self._write_mask(data.pictures("predict")[row].image.stem, answers["mask"]))
+            self._rows[row] = {name: _one(name, value, names) for name, value in answers.items()}
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         rows = _gather(self._rows)
@@ -52,6 +62,13 @@ class WritePredictions(Callback):
                     file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
             print(f"{len(rows)} predictions: {self.path}")
 
+    def _write_mask(self, stem: str, mask: Tensor) -> Path:
+        path = self.path.with_name(f"{self.path.stem}_masks") / f"{stem}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # a PNG of one channel has 8 or 16 bits
+        Image.fromarray(mask.numpy().astype(np.uint8 if mask.max() < 256 else np.uint16)).save(path)
+        return path
+
 
 def _one(name: str, value: Any, labels: list[str] | None) -> Any:
     """The answer for one row: a text, or numbers, which probabilities have one of for each label."""
@@ -63,8 +80,10 @@ def _one(name: str, value: Any, labels: list[str] | None) -> Any:
     return numbers
 
 
-def _given_rows(data: Any) -> datasets.Dataset | None:
+def _given_rows(data: Any) -> datasets.Dataset | list[dict[str, Any]] | None:
     """The rows as they were given; None for a stream, which is over."""
+    if isinstance(data, SegmentationData):
+        return [{"image": str(picture.image)} for picture in data.pictures("predict")]
     source = data.source("predict") if isinstance(data, TextData) else None
     return source.rows if source is not None and isinstance(source.rows, datasets.Dataset) else None
 
