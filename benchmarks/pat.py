@@ -44,7 +44,6 @@ from benchmarks.onebit_tasks import batches
 from benchmarks.pat_tasks import Digits, Prose, shapes
 from petune import FusedLoraConfig, PatConfig
 from petune.adapters.pat import PatModel
-from petune.adapters.pat.sites import channel_norms, find_sites
 from petune.topology import find_topology
 
 RESULTS = Path(__file__).parent / "results" / "pat.json"
@@ -117,9 +116,20 @@ def prune_first(base: nn.Module, ratio: float) -> nn.Module:
     model = get_peft_model(copy.deepcopy(base), pat_config(base, ratio, steps=1, rank=0))  # pyright: ignore
     tuner: Any = model.base_model
     with torch.no_grad():
-        tuner.mask().logits.copy_(channel_norms(base, find_sites(base)))
+        tuner.mask().logits.copy_(channel_norms(base))
     tuner.finalize()
     return tuner.merge_and_unload(export="stock")
+
+
+def channel_norms(base: nn.Module) -> Tensor:
+    """Norm of the weights that write each residual channel, [width]."""
+    total = torch.zeros(())
+    for name in find_topology(base).residual_writers:
+        module = base.get_submodule(name)
+        weight: Any = module.weight
+        rows = weight.T if isinstance(module, nn.Embedding) else weight.flatten(1)
+        total = total + (rows**2).sum(dim=1)
+    return total.sqrt()
 
 
 def trained_parameters(model: nn.Module) -> int:

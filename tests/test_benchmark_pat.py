@@ -10,7 +10,6 @@ from torch import nn
 
 from benchmarks import pat, pat_tasks, report
 from petune import FusedLoraConfig, PatConfig
-from petune.adapters.pat.sites import channel_norms, find_sites
 
 PLACE = {"smoke": False, "hardware": {"cpu": "Z80", "threads": 1}, "versions": {"torch": "9.9"}}
 
@@ -138,7 +137,7 @@ def test_all_sides_train_as_many_parameters_of_the_same_linears(digits):
 
 
 def test_channels_of_the_least_norm_go_first(digits):
-    norms = channel_norms(digits.base, find_sites(digits.base))
+    norms = pat.channel_norms(digits.base)
     embeddings = digits.base.vit.embeddings
     written = [layer.attention.o_proj.weight for layer in digits.base.vit.layers]
     written += [layer.mlp.fc2.weight for layer in digits.base.vit.layers]

@@ -42,10 +42,6 @@ class PatConfig(PetuneConfig):
     mask_lr_mult: float = field(
         default=10.0, metadata={"help": "How many times faster than the other parameters the mask moves under Adam."}
     )
-    mask_start: Literal["norms", "zeros"] = field(
-        default="norms",
-        metadata={"help": "Start in favour of the channels that the largest weights write, or, the paper's, of none."},
-    )
     active_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the number of kept channels."})
     identity_weight: float = field(
         default=1.0, metadata={"help": "Weight of the loss that keeps the maps orthonormal."}
@@ -73,7 +69,6 @@ class PatConfig(PetuneConfig):
             if getattr(self, name) is not None:
                 self.check_positive(name)
         self.check_choice("variant", ("code", "paper"))
-        self.check_choice("mask_start", ("norms", "zeros"))
         self.check_interval(0.0, float("inf"), "active_weight", "identity_weight", "bimodal_weight")
         self.check_interval(0.0, float("inf"), "milestone", "mask_lr_mult", "lora_alpha")
         if not 0.0 < self.milestone <= 1.0:

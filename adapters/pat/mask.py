@@ -18,18 +18,15 @@ _PULL = 0.5  # where the bimodal loss pulls the logits to
 class ChannelMask(nn.Module):
     """M(s) = σ(τ(s) · m) + β(s), [width], at step s; from the milestone on the 0/1 mask of the largest m
 
-    With s₀ the milestone, τ = 1 / (1 − ln s / ln s₀) grows without bound, and β = (1 − σ(m₀)) (1 − 2 s / s₀) falls to
-    0 at s₀/2, so that M = 1 at the start; with m₀ = 0 that is the paper's 1/2 − s / s₀ (Liu et al. 2025, eq. 5 to 7).
-    m = mask_lr_mult · logits: Adam moves every parameter by about its learning rate in a step, which for a short run
-    is too little for a mask.
+    With s₀ the milestone, τ = 1 / (1 − ln s / ln s₀) grows without bound, and β = 1/2 − s / s₀ falls to 0 at s₀/2, so
+    that M = 1 at the start (Liu et al. 2025, eq. 5 to 7). m = mask_lr_mult · logits: Adam moves every parameter by
+    about its learning rate in a step, which for a short run is too little for a mask.
     """
 
     step: Tensor
     """Optimiser steps so far, int64."""
     hard: Tensor
     """The channels that are kept, bool [width]; all False while the mask is soft."""
-    start: Tensor
-    """The logits at step 0, m₀ / mask_lr_mult, [width]."""
 
     def __init__(self, config: PatConfig, width: int) -> None:
         super().__init__()
@@ -39,7 +36,6 @@ class ChannelMask(nn.Module):
         self.logits = nn.Parameter(torch.zeros(width))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("hard", torch.zeros(width, dtype=torch.bool))
-        self.register_buffer("start", torch.zeros(width))
         self._seen: tuple[int, bool] | None = None
 
     @property
@@ -70,24 +66,6 @@ class ChannelMask(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._seen = None
-
-    @torch.no_grad()
-    def prefer(self, norms: Tensor) -> None:
-        """Start in favour of the channels of the largest norms: as many as are kept begin with m₀ > 0.
-
-        m₀ is a quarter of the distance from the cut in standard deviations of the logarithm, at most 1/2, which is
-        where the bimodal loss pulls to: training can still exchange any channel for another.
-
-        Args:
-            norms: of the weights that write each channel, [width].
-        """
-        heights = norms.clamp(min=torch.finfo(norms.dtype).tiny).log()
-        order = heights.sort(descending=True).values
-        distance = heights - order[self.kept - 1 : self.kept + 1].mean()
-        spread = heights.std()
-        m = (0.25 * distance / spread).clamp(-_PULL, _PULL) if spread > _EPSILON else torch.zeros_like(heights)
-        self.start.copy_(m / self.speed)
-        self.logits.copy_(self.start)
 
     # --- the schedule ---
 
@@ -131,8 +109,7 @@ class ChannelMask(nn.Module):
             return self.hard.to(self.logits.dtype)
         step = self.now
         logits = self.logits.detach() if step >= self._rest else self.logits
-        fade = max(0.0, 1 - 2 * step / self.milestone) if step else 1.0
-        shift = fade * (1 - torch.sigmoid(self.speed * self.start))  # to which the gate adds up to exactly 1
+        shift = max(0.0, 0.5 - step / self.milestone) if step else 0.5
         return _Sigmoid.apply(logits, self._rate, self._floor, shift)  # pyright: ignore[reportReturnType]
 
     def open_channels(self) -> Tensor:
@@ -160,7 +137,7 @@ class ChannelMask(nn.Module):
     @property
     def is_identity(self) -> bool:
         """Whether M is 1 everywhere because nothing has moved it yet."""
-        return self.now == 0 and not self.is_final and torch.equal(self.logits.detach(), self.start)
+        return self.now == 0 and not self.is_final and not bool(self.logits.detach().any())
 
     # --- its losses ---
 
@@ -193,7 +170,7 @@ class _Sigmoid(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rate: float, floor: float, shift: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, logits: Tensor, rate: float, floor: float, shift: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         m = rate * logits
         gate = torch.sigmoid(m.clamp(min=floor))
         ctx.slope = rate * gate * (1 - gate) * (m >= floor)

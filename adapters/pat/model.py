@@ -14,7 +14,7 @@ from petune.adapters.pat.config import PatConfig
 from petune.adapters.pat.layer import Hybrid, Masks, PatLinear, PatNorm, PatSite, norm_kind
 from petune.adapters.pat.mask import ChannelMask
 from petune.adapters.pat.prune import Form, Pruning, check_form, width_fault
-from petune.adapters.pat.sites import channel_norms, find_sites
+from petune.adapters.pat.sites import find_sites
 from petune.config import PetuneConfig
 from petune.hooks import remove_hooks
 from petune.layer import AdapterLayer
@@ -120,8 +120,6 @@ class PatModel(PetuneTuner):
         for kind, module in shared.items():
             if not any(parameter.is_meta for parameter in module.parameters()):
                 module.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-                if isinstance(module, ChannelMask) and config.mask_start == "norms" and not weight.is_meta:
-                    module.prefer(channel_norms(self.model, self._sites))
             self._shared(kind)[adapter_name] = module.train(self.training)
         if not self._hooked:
             self._hooked = True

@@ -1,12 +1,9 @@
 """Where the residual stream of a model is written, normed and entered: `find_sites`."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 from petune.blocks import CONVOLUTIONS, NORM_OF_EMBEDDINGS, walk
 from petune.topology import Topology, find_topology
@@ -68,19 +65,6 @@ def find_sites(model: nn.Module) -> Sites:
         readers=readers,
         topology=topology,
     )
-
-
-@torch.no_grad()
-def channel_norms(model: nn.Module, sites: Sites) -> Tensor:
-    """Norm of the weights that write each channel of the residual stream, embeddings included, float32 [width]."""
-    squares: list[Tensor] = []
-    for name in sites.topology.residual_writers:
-        module: Any = model.get_submodule(name)
-        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        weight: Tensor = module.weight.float()
-        rows = weight.T if isinstance(module, (nn.Embedding, Conv1D)) else weight.flatten(1)
-        squares.append((rows**2).sum(dim=1).to(squares[0].device if squares else weight.device))
-    return torch.stack(squares).sum(dim=0).sqrt()
 
 
 def _start(model: nn.Module, topology: Topology, stack: str) -> Literal["linear", "stem", "norm"]:

@@ -85,30 +85,6 @@ def test_a_fresh_mask_is_one_and_needs_no_length_of_the_training():
     assert torch.equal(mask.logits.grad, torch.full((13,), 0.25 * mask.speed))
 
 
-def test_a_mask_that_starts_by_norms_is_one_and_would_keep_the_largest():
-    norms = torch.rand(37, generator=torch.Generator().manual_seed(1)) + 0.1
-    mask = ChannelMask(PatConfig(target_dim=11, total_steps=60), 37)
-    mask.prefer(norms)
-    assert torch.equal(mask.value(), torch.ones(37))  # to the bit
-    assert mask.is_identity
-    m = mask.logits.detach() * mask.speed
-    assert int((m > 0).sum()) == 11
-    assert 0.2 < m.abs().max() <= 0.5
-    assert bool((m[norms.argsort()].diff() >= 0).all())
-    mask.advance(4)  # of 20 to the milestone
-    shift = (1 - 2 * 4 / 20) * torch.sigmoid(-m)
-    assert torch.allclose(mask.value(), torch.sigmoid(mask.temperature(4) * m) + shift, atol=1e-6)
-    mask.finalize()
-    assert torch.equal(mask.hard, norms >= norms.sort(descending=True).values[10])
-
-
-@pytest.mark.parametrize("norms", [torch.full((13,), 0.7), torch.zeros(13)], ids=["equal", "zero"])
-def test_channels_of_equal_norms_start_alike(norms):
-    mask = ChannelMask(PatConfig(target_dim=5), 13)
-    mask.prefer(norms)
-    assert torch.equal(mask.logits.detach(), torch.zeros(13))
-
-
 def test_adam_moves_the_mask_faster_by_the_multiplier():
     def moved(speed: float) -> float:
         mask = ChannelMask(PatConfig(target_dim=5, mask_lr_mult=speed), 13)
