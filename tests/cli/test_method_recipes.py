@@ -8,7 +8,7 @@ from petune.cli import light, main
 from petune.demo.scenes import CLASSES, digit_scenes, write_scenes
 from tests.families import FAMILIES
 
-OF_IMAGES = {"hierarchicalside"}
+OF_IMAGES = {"hside"}
 METHODS = sorted({recipe.name for recipe in light.recipes() if recipe.kind == "method"} - OF_IMAGES)
 
 
