@@ -6,13 +6,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test mutations check lint types notebooks peft-suite aot-oldest bench gpu gpu-tests gpu-linear gpu-step clean
+.PHONY: demo test aot mutations check lint types notebooks peft-suite aot-oldest bench gpu gpu-tests gpu-linear gpu-step clean
 
 demo: $(READY)  ## fine-tune a real encoder on the standard library's docstrings, offline
 	$(BIN)/petune demo
 
 test: $(READY)  ## all tests, with one mutation a kernel
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+aot: $(READY)  ## compile every form of the kernels for every architecture
+	PETUNE_AOT=all $(BIN)/python -m pytest -n 2 tests/kernels/test_aot.py
 
 mutations: $(READY)  ## what the tests of the kernels must notice, all of it
 	PETUNE_MUTATIONS=all $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels/test_mutations.py
