@@ -1,8 +1,10 @@
 """What the accuracy benchmarks share: where they ran, how loud they are, and how they train."""
 
+import multiprocessing
 import platform
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 import peft
@@ -45,6 +47,20 @@ def train(
         schedule.step()
         optimizer.zero_grad()
     return model.eval()
+
+
+Plan = TypeVar("Plan")
+
+
+def side_by_side(
+    run: Callable[[str, Plan], dict[str, Any]], names: Sequence[str], plan: Plan, jobs: int
+) -> Iterator[dict[str, Any]]:
+    """run(name, plan) of each name, in order, each as soon as it is there; `jobs` at a time, in processes."""
+    if jobs == 1:
+        yield from (run(name, plan) for name in names)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(run, names, [plan] * len(names))
 
 
 def quieten() -> None:

@@ -15,14 +15,12 @@ that is a no-op within 0.5 points of the paper's; the median of a training step 
 import argparse
 import copy
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -37,7 +35,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import environment, optimizer_of, quieten, train
+from benchmarks.common import environment, optimizer_of, quieten, side_by_side, train
 from benchmarks.onebit_tasks import Backbone, Digits, Retrieval, Task, WordOrder, batches, noisy_negative, turned
 from petune import BiAdapterConfig, BiLoraConfig, FusedLoraConfig
 
@@ -273,15 +271,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def run_tasks(names: Sequence[str], plan: Plan, jobs: int) -> Iterator[dict[str, Any]]:
-    """Each task's result, in order, as soon as it is there."""
-    if jobs == 1:
-        yield from (run_task(name, plan) for name in names)
-        return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(run_task, names, [plan] * len(names))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     quieten()
@@ -293,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "settings": {"rank": RANK, "weight_decay": WEIGHT_DECAY, **asdict(plan)},
         "tasks": {},
     }
-    for name, found in zip(args.tasks, run_tasks(args.tasks, plan, args.jobs), strict=True):
+    for name, found in zip(args.tasks, side_by_side(run_task, args.tasks, plan, args.jobs), strict=True):
         result["tasks"][name] = found
         args.out.write_text(json.dumps(result, indent=1) + "\n")  # hours may lie behind
     result["time"] = time_rows([*args.tasks, *ONLY_TIMED], plan)

@@ -18,14 +18,12 @@ LoRA on the dense model; its latency <= 0.85 of dense; logits of the export with
 import argparse
 import copy
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -39,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import environment, quieten
+from benchmarks.common import environment, quieten, side_by_side
 from benchmarks.onebit_tasks import batches
 from benchmarks.pat_tasks import Digits, Prose, shapes
 from petune import FusedLoraConfig, PatConfig
@@ -252,17 +250,8 @@ def run_task(name: str, plan: Plan) -> dict[str, Any]:
     }
 
 
-def run_tasks(names: Sequence[str], plan: Plan, jobs: int) -> Iterator[dict[str, Any]]:
-    """Each task's result, in order, as soon as it is there."""
-    if jobs == 1:
-        yield from (run_task(name, plan) for name in names)
-        return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(run_task, names, [plan] * len(names))
-
-
 def measure_quality(plan: Plan, jobs: int) -> dict[str, Any]:
-    tasks = dict(zip(TASKS, run_tasks(list(TASKS), plan, jobs), strict=True))
+    tasks = dict(zip(TASKS, side_by_side(run_task, list(TASKS), plan, jobs), strict=True))
     settings = {"rank": RANK, "rates": plan.rates, "seeds": plan.seeds, "tuning_seeds": plan.tuning_seeds}
     return {"settings": settings, "tasks": tasks}
 

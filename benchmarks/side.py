@@ -18,13 +18,11 @@ import argparse
 import copy
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,7 +45,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import environment, optimizer_of, quieten, train
+from benchmarks.common import environment, optimizer_of, quieten, side_by_side, train
 from benchmarks.onebit_tasks import Digits, Retrieval, Task, WordOrder, batches, turned
 from petune import FusedLoraConfig, HierarchicalSideConfig, LadderSideConfig
 from petune.demo.docstrings import collect_pairs
@@ -244,18 +242,12 @@ def run_task(name: str, plan: Plan) -> dict[str, Any]:
     }
 
 
-def run_tasks(names: Sequence[str], plan: Plan, jobs: int) -> Iterator[dict[str, Any]]:
-    """Each task's result, in order, as soon as it is there."""
-    if jobs == 1:
-        yield from (run_task(name, plan) for name in names)
-        return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(run_task, names, [plan] * len(names))
-
-
 def measure_quality(plan: Plan, jobs: int) -> dict[str, Any]:
     """Every task's result."""
-    return {"settings": asdict(plan), "tasks": dict(zip(CONTESTS, run_tasks([*CONTESTS], plan, jobs), strict=True))}
+    return {
+        "settings": asdict(plan),
+        "tasks": dict(zip(CONTESTS, side_by_side(run_task, [*CONTESTS], plan, jobs), strict=True)),
+    }
 
 
 # --- time ----------------------------------------------------------------------------------------------------------

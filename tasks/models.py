@@ -1,11 +1,19 @@
 """Load a pretrained model and its tokenizer from a folder or the hub, or say in one sentence why that fails."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import constants
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from petune.tasks.sources import hub_or_cache
 
@@ -17,6 +25,13 @@ def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
         FileNotFoundError: the folder is missing or holds no model, or the hub id is neither cached nor reachable.
     """
     return _from_pretrained(AutoConfig, name, **kwargs)
+
+
+def has_pooler(config_class: type[PretrainedConfig]) -> bool:
+    """Whether the model that AutoModel makes of such a config has a pooler that can be left out."""
+    kind: Any = MODEL_MAPPING.get(config_class, None)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return all(k is not None and "add_pooling_layer" in inspect.signature(k.__init__).parameters for k in kinds)
 
 
 def load_model(auto_class: Any, name: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:

@@ -9,10 +9,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassJaccardIndex
-from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from petune.adapters.side import HierarchicalSideConfig
 from petune.tasks.base import AdapterTask
+from petune.tasks.models import has_pooler
 from petune.tasks.pictures import IGNORED
 from petune.tasks.segmentation_model import MapHead, SegmentationModel, patch_map, resize
 
@@ -73,7 +74,7 @@ class SemanticSegmentation(AdapterTask):
 
     def architecture(self, config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
         """The model without a pooler, which pixels have no use for."""
-        return self.auto_class, {"add_pooling_layer": False} if _has_pooler(type(config)) else {}
+        return self.auto_class, {"add_pooling_layer": False} if has_pooler(type(config)) else {}
 
     def load_base(self, weights: bool = True) -> tuple[PreTrainedModel, list[str]]:
         """As `AdapterTask.load_base`; the model is a `SegmentationModel`."""
@@ -187,8 +188,3 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width, as configurations have them: one number for both, or two."""
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
-
-
-def _has_pooler(config_class: type[PretrainedConfig]) -> bool:
-    kind: Any = MODEL_MAPPING.get(config_class, None)
-    return kind is not None and "add_pooling_layer" in inspect.signature(kind.__init__).parameters

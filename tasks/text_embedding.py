@@ -1,6 +1,5 @@
 """Texts as vectors: matching pairs close together, everything else apart; measured by retrieval."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, ClassVar, Literal, cast
@@ -9,10 +8,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import MODEL_MAPPING, AutoModel, AutoModelForTextEncoding, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForTextEncoding, PretrainedConfig, PreTrainedModel
 
 from petune.tasks.base import AdapterTask, gather
 from petune.tasks.metrics import load_metric, retrieval_ranks
+from petune.tasks.models import has_pooler
 
 Stage = Literal["val", "test"]
 
@@ -50,7 +50,7 @@ class TextEmbedding(AdapterTask):
         """The model without the parts that mean pooling does not use: a pooler, a decoder."""
         if config.is_encoder_decoder:
             return AutoModelForTextEncoding, {}
-        return self.auto_class, {"add_pooling_layer": False} if _has_pooler(type(config)) else {}
+        return self.auto_class, {"add_pooling_layer": False} if has_pooler(type(config)) else {}
 
     def find_head(self, model: PreTrainedModel, fresh: list[str]) -> list[str]:
         """The projection where it is what trains; the model itself has no head."""
@@ -205,9 +205,3 @@ def _text_ids(inputs: Mapping[str, Tensor]) -> Tensor:
     """One number a text, [batch], int64, whatever its padding: equal for equal texts."""
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
     return torch.tensor([hash(tuple(ids[keep].tolist())) for ids, keep in zip(inputs["input_ids"], mask, strict=True)])
-
-
-def _has_pooler(config_class: type[PretrainedConfig]) -> bool:
-    kind: Any = MODEL_MAPPING.get(config_class, None)
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    return all(k is not None and "add_pooling_layer" in inspect.signature(k.__init__).parameters for k in kinds)
