@@ -6,7 +6,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test aot mutations interpreted check lint types notebooks peft-suite aot-oldest bench gpu gpu-tests gpu-linear gpu-step clean
+.PHONY: demo test aot mutations interpreted check lint types notebooks peft-suite aot-oldest bench
+.PHONY: gpu gpu-tests gpu-quantised gpu-linear gpu-step clean
 
 demo: $(READY)  ## fine-tune a real encoder on the standard library's docstrings, offline
 	$(BIN)/petune demo
@@ -39,7 +40,7 @@ peft-suite: $(READY)  ## PEFT's own tests, with our methods in the place of its 
 	$(BIN)/python tests/adapters/peft_suite/run.py -n 2
 
 # the Triton that came with torch 2.11: what fits the registers in one release may spill in another. One architecture of
-# it; `make test` compiles for two others with the newest
+# it; `make test` compiles for another with the newest
 OLDEST_TRITON := 3.6.0
 
 aot-oldest: $(READY)  ## compile every form of the kernels with the oldest Triton that is supported, for sm_90
@@ -53,11 +54,14 @@ bench: $(READY)  ## the CPU benchmarks, on an idle machine; writes benchmarks/re
 
 # PYTHON is one that holds a CUDA build of torch; UNSLOTH a wheel of it, to measure it too. `make -k gpu` goes on to the
 # benchmarks where a test fails.
-gpu: gpu-tests gpu-linear gpu-step  ## tests and benchmarks on a CUDA device, in under nine minutes
+gpu: gpu-tests gpu-quantised gpu-linear gpu-step  ## tests and benchmarks on a CUDA device, in under nine minutes
 
 gpu-tests:
 	PETUNE_TEST_DEVICE=cuda $(PYTHON) -m pytest -q -n 12 --dist worksteal tests/kernels/test_cuda.py tests/kernels/triton \
 		tests/adapters/test_lora*.py
+
+gpu-quantised:  # bases of the libraries that are installed
+	$(PYTHON) -m pytest -q -m gpu tests/quantised
 
 gpu-linear:
 	$(PYTHON) benchmarks/lora_linear.py --budget-s 180 $(if $(UNSLOTH),--unsloth $(UNSLOTH))

@@ -66,8 +66,8 @@ class Plan:
     """Of a round; the first `warmup` of them are not timed."""
     warmup: int = 20
     rounds: int = 9
-    width: int = 256
-    blocks: int = 4
+    width: int = 192
+    blocks: int = 2
     batch_size: int = 8
     tokens: int = 32
     smoke: bool = False

@@ -1,6 +1,6 @@
 """IST: blocks drawn by an importance that is learned while they train."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,10 +10,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from petune.callbacks.layer_schedule import LayerSchedule
-from petune.layer_scheduler import ImportantLayers
+from petune.layer_options import ISTOptions
 
 
-class ISTCallback(LayerSchedule):
+class ISTCallback(ISTOptions, LayerSchedule):
     """Train a quarter of the blocks' adapters, drawn by their importance (Yao et al. 2024, arXiv 2410.11772)
 
     Importance-aware sparse tuning draws in each step the blocks that train, by p = σ(I). Every `interval_steps` steps
@@ -42,65 +42,17 @@ class ISTCallback(LayerSchedule):
         MisconfigurationException: as `LayerSchedule` does; the adapters share state between blocks, or there are none.
     """
 
-    def __init__(
-        self,
-        ratio: float = 0.25,
-        suppressed_ratio: float = 0.5,
-        suppression: float = 0.25,
-        draws: int = 3,
-        importance_rate: float = 10.0,
-        interval_steps: int = 10,
-        min_layer: int = 0,
-        seed: int = 0,
-        reset_optimizer: bool = False,
-    ) -> None:
-        super().__init__(min_layer, seed, reset_optimizer)
-        self.ratio, self.suppressed_ratio, self.suppression = ratio, suppressed_ratio, suppression
-        self.draws, self.importance_rate, self.interval_steps = draws, importance_rate, interval_steps
-        for name, good, want in (
-            ("ratio", 0.0 < ratio <= 1.0, "a share above 0 and at most 1"),
-            ("suppressed_ratio", 0.0 < suppressed_ratio <= 1.0, "a share above 0 and at most 1"),
-            ("suppression", 0.0 <= suppression <= 1.0, "0 to 1"),
-            ("draws", draws >= 2, "2 or more: a reward is only good or bad beside another one"),
-            ("importance_rate", importance_rate > 0.0, "a number above 0"),
-            ("interval_steps", interval_steps >= 1, "1 or more"),
-        ):
-            if not good:
-                raise ValueError(f"ISTCallback.{name}={getattr(self, name)} is out of range; use {want}.")
-
-    @property
-    def importance(self) -> dict[int, float]:
-        """I of each block that may train, by its index; once training has started."""
-        return dict(zip(self.policy.scheduler.blocks, self._important.importance.tolist(), strict=True))
-
-    def make_policy(self) -> ImportantLayers:
-        self._important = ImportantLayers(
-            self.ratio, self.suppressed_ratio, self.draws, self.importance_rate, self.seed
-        )
-        return self._important
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        assert self.scheduler is not None
-        try:
-            with self.scheduler.suppressed((), self.suppression):
-                pass
-        except ValueError as error:
-            raise MisconfigurationException(f"ISTCallback: {error}") from error
-
     def before_choice(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        scheduler = self.scheduler
-        if scheduler is None or not trainer.global_step or trainer.global_step % self.interval_steps:
+        if not self.is_due(trainer.global_step):
             return
 
-        def loss(blocks: Sequence[int]) -> float:
-            with scheduler.suppressed(blocks, self.suppression):
-                found = _loss(pl_module.training_step(batch, batch_idx))
+        def loss() -> float:
+            found = _loss(pl_module.training_step(batch, batch_idx))
             mean: Any = trainer.strategy.reduce(found, reduce_op="mean")
             return float(mean)
 
         with _aside(pl_module), torch.no_grad(), trainer.precision_plugin.forward_context():
-            self._important.update(loss)
+            self.update(loss)
 
 
 def _loss(output: Any) -> Tensor:

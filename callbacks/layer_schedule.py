@@ -1,7 +1,5 @@
 """What the callbacks that train a few blocks a step share: when blocks are frozen, and what is kept for resuming."""
 
-from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -10,11 +8,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from petune.layer_scheduler import LayerPolicy, LayerScheduler
+from petune.layer_options import LayerOptions
+from petune.layer_scheduler import LayerScheduler
+from petune.layer_turns import LayerTurns
 from petune.state import find_model
 
 
-class LayerSchedule(Callback):
+class LayerSchedule(LayerOptions, Callback):
     """Train a few blocks in each optimizer step, and let the others rest: `petune.layer_scheduler`.
 
     Blocks are frozen from the start of a batch to its end, and as they were at all other times, so that checkpoints,
@@ -35,22 +35,17 @@ class LayerSchedule(Callback):
     """
 
     def __init__(self, min_layer: int, seed: int, reset_optimizer: bool) -> None:
-        if min_layer < 0:
-            raise ValueError(f"{type(self).__name__}.min_layer={min_layer} is no block; use 0 or more.")
-        self.min_layer, self.seed, self.reset_optimizer = min_layer, seed, reset_optimizer
-        self.scheduler: LayerScheduler | None = None
-        """While training runs."""
-        self.policy: LayerPolicy
+        super().__init__(min_layer, seed, reset_optimizer)
         self.history: list[tuple[int, ...]] = []
         """Blocks that trained, of each optimizer step of this run."""
-        self._step = -1  # that the selection was made in
-        self._ready = False  # whether the policy has seen the parameters before this step
+        self._turns: LayerTurns | None = None  # while training runs
         self._loaded: dict[str, Any] = {}
         self._last: dict[str, Any] = {}  # when training ended: a checkpoint may be written after that
 
-    @abstractmethod
-    def make_policy(self) -> LayerPolicy:
-        """Who chooses, for a new run."""
+    @property
+    def scheduler(self) -> LayerScheduler | None:
+        """While training runs."""
+        return None if self._turns is None else self._turns.scheduler
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -68,46 +63,21 @@ class LayerSchedule(Callback):
                 f"{type(self).__name__}: each new choice of blocks compiles the model anew; do not compile."
             )
         try:
-            self.scheduler = LayerScheduler(model, min_layer=self.min_layer)
+            self._turns = LayerTurns(model, self, self._loaded)
         except ValueError as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
-        self.policy, self.history = self.make_policy(), []
-        self.policy.start(self.scheduler)
-        self._step, self._ready = -1, False
-        if self._loaded:
-            self._restore(self.scheduler, self._loaded)
-            self._loaded = {}
-
-    def _restore(self, scheduler: LayerScheduler, state: Mapping[str, Any]) -> None:
-        if tuple(state["blocks"]) != scheduler.blocks:
-            raise MisconfigurationException(
-                f"{type(self).__name__} scheduled blocks {state['blocks']} when the checkpoint was written, and those "
-                f"that may train now are {list(scheduler.blocks)}; take the min_layer and the adapter of that run."
-            )
-        self.policy.load_state_dict(state["policy"])
-        if state["active"]:
-            scheduler.select(state["active"])
-        self._step = state["step"]
+            raise MisconfigurationException(str(error)) from error
+        self.history, self._loaded = self._turns.history, {}
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        scheduler = self.scheduler
-        if scheduler is None:
+        turns, step = self._turns, trainer.global_step
+        if turns is None:
             return
-        if trainer.global_step != self._step:
-            self._step, self._ready = trainer.global_step, False
+        if step != turns.step:
             self.before_choice(trainer, pl_module, batch, batch_idx)
-            chosen = trainer.strategy.broadcast(self.policy.choose(self._step))
-            if chosen is not None:
-                left = scheduler.select(chosen)
-                if self.reset_optimizer:
-                    scheduler.forget(left, trainer.optimizers)
-            self.history.append(tuple(sorted(scheduler.active)))
-        if not self._ready:
-            self.policy.before_step()
-            self._ready = True
-        scheduler.freeze()
+        turns.begin(step, trainer.optimizers, trainer.strategy.broadcast)
+        turns.scheduler.freeze()
 
     def before_choice(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """A step begins with `batch`; the blocks of the last one are still chosen, and none is frozen."""
@@ -115,37 +85,29 @@ class LayerSchedule(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.scheduler is None:
+        if self._turns is None:
             return
-        self.scheduler.thaw()
-        if trainer.global_step != self._step:
-            self.policy.after_step()
+        self._turns.scheduler.thaw()
+        if trainer.global_step != self._turns.step:
+            self._turns.end()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.scheduler is not None:  # an epoch that another callback ended before the batch
-            self.scheduler.thaw()
+        if self._turns is not None:  # an epoch that another callback ended before the batch
+            self._turns.scheduler.thaw()
 
     def _stop(self, *_: Any, **__: Any) -> None:
-        if self.scheduler is not None:
-            self._last = self._now(self.scheduler)
-            self.scheduler.thaw()
-            self.scheduler = None
+        if self._turns is not None:
+            self._last = self._turns.state_dict()
+            self._turns.scheduler.thaw()
+            self._turns = None
 
     on_train_end = on_exception = teardown = _stop
 
     def state_dict(self) -> dict[str, Any]:
-        return self._last if self.scheduler is None else self._now(self.scheduler)
+        return self._last if self._turns is None else self._turns.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
-
-    def _now(self, scheduler: LayerScheduler) -> dict[str, Any]:
-        return {
-            "blocks": list(scheduler.blocks),
-            "active": sorted(scheduler.active),
-            "step": self._step,
-            "policy": self.policy.state_dict(),
-        }
 
 
 def _check_strategy(name: str, strategy: object) -> None:

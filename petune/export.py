@@ -189,7 +189,7 @@ def save_model(model: nn.Module, directory: str | Path, *, tokenizer: Any = None
     if not isinstance(plain, PreTrainedModel):
         raise TypeError(f"{type(plain).__name__} is no Hugging Face model; save it with torch.save(state_dict()).")
     tensors = dict(plain.named_parameters())
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
     if broken:
         raise ValueError(f"{broken[0]} is not finite (NaN or infinite), so the model was not saved; train it again.")
     with _told(f"the model was not saved to {directory}"), replacing_folder(directory) as folder:
@@ -306,6 +306,12 @@ def _without_blobs(model: PeftModel, tensors: Mapping[str, Tensor]) -> dict[str,
     config = peft_config(model)
     blobs = packed_names(config) if isinstance(config, QuantizedConfig) else ()
     return {key: tensor for key, tensor in tensors.items() if key not in blobs}
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # torchao's tensors have no isfinite
+    plain = tensor.dequantize() if type(tensor).__module__.startswith("torchao.") else tensor
+    return bool(plain.isfinite().all())
 
 
 def _ours(directory: Path) -> set[str]:

@@ -32,8 +32,10 @@ def base_fingerprint(model: nn.Module, *, tensors: bool = True) -> dict[str, Any
     base = backbone(model)
     config: Any = getattr(base, "config", None)
     text_config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
-    quantised = getattr(config, "quantization_config", None) is not None
     parameters = {name: (owner, tensor) for name, owner, tensor in base_parameters(base) if "pooler" not in name}
+    quantised = getattr(config, "quantization_config", None) is not None or not all(
+        tensor.is_floating_point() for _, tensor in parameters.values()
+    )
     matrices = {name: tensor for name, (_, tensor) in sorted(parameters.items()) if tensor.dim() >= 2}
     dtype = next((str(tensor.dtype).removeprefix("torch.") for tensor in matrices.values()), None)
     hashed = tensors and not quantised and not _merged(model)

@@ -117,8 +117,8 @@ def check_shardable(module: nn.Module) -> None:
     """Refuse what `shard` cannot cut up.
 
     Raises:
-        ValueError: `module` is compiled, runs parts of its model, or holds parameters itself; or the method
-            refuses.
+        ValueError: `module` is compiled, runs parts of its model, is quantised, or holds parameters itself; or the
+            method refuses.
     """
     if any(one._compiled_call_impl is not None for one in module.modules()):
         raise ValueError(
@@ -129,6 +129,12 @@ def check_shardable(module: nn.Module) -> None:
         raise ValueError(
             f"{type(module).__name__} runs parts of its model one by one, and {NAME} gathers weights when the whole "
             "is called; use strategy: ddp."
+        )
+    quantised = [child for child in module.children() if getattr(child, "hf_quantizer", None) is not None]
+    if quantised or getattr(module, "quantization", None) is not None:
+        raise ValueError(
+            f"the base is quantised, and {NAME} cuts up float weights; use strategy: ddp, or load the base without "
+            "quantisation."
         )
     own = [name for name, _ in module.named_parameters(recurse=False)]
     if own:

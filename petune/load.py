@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from petune.fingerprint import check_fingerprint
+from petune.four_bits import keep_form
 from petune.hub import locate_model
 from petune.quantized.slots import packed_names
 from petune.quantized.tuner import QuantizedConfig
@@ -55,6 +56,7 @@ def load_adapter(
     keys = check_weights(folder, content.get("files", {}))
     recorded: dict[str, Any] = content.get("base") or {}
     model = base if isinstance(base, PreTrainedModel) else _build_base(base, config, recorded, folder, base_options)
+    keep_form(model)
     if recorded:
         check_fingerprint(recorded["fingerprint"], model, where=str(folder))
     try:
@@ -133,7 +135,7 @@ def _build_base(
             f"{folder} does not say what its base is (it was built from a config); pass the model as `base`."
         )
     source = locate_model(str(name))
-    model = _base_class(config, recorded, folder).from_pretrained(source, **recorded.get("config", {}), **options)
+    model = _base_class(config, recorded, folder).from_pretrained(source, **{**recorded.get("config", {}), **options})
     model.name_or_path = model.config._name_or_path = str(name)  # not the cache's folder
     return model
 

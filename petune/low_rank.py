@@ -31,6 +31,17 @@ class Factors(NamedTuple):
     """Of an element of x Aᵀ on its way to B."""
 
 
+class Operands(NamedTuple):
+    """What a call of `petune.kernels.lora_linear.lora_linear` needs besides x, in its order."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout_p: float
+
+
 class LowRankLayer(PetuneLayer):
     """y = x Wᵀ + bias + Σ scale · drop(drop(x) Aᵀ) Bᵀ, by `petune.kernels.lora_linear` where it covers the call
 
@@ -59,14 +70,15 @@ class LowRankLayer(PetuneLayer):
         a, b, scale, *_ = self.factors(name)
         return (b.float() @ a.float()) * scale
 
+    def _base(self) -> tuple[Tensor, Tensor | None]:
+        """W, [out_features, in_features], and the bias."""
+        weight = tensor(self.base_layer, "weight")
+        return weight.T if self.transposed else weight, tensor(self.base_layer, "bias")
+
     def _fused(self, name: str, x: Tensor) -> Tensor:
         a, b, scale, dropout_p, rank_dropout_p = self.factors(name)
-        base = self.base_layer
-        weight = tensor(base, "weight")
-        if self.transposed:
-            weight = weight.T
         mask = rank_mask(x, len(a), rank_dropout_p) if rank_dropout_p > 0.0 else None
-        return lora_linear(x, weight, tensor(base, "bias"), a, b, scale, dropout_p, mask)
+        return lora_linear(x, *self._base(), a, b, scale, dropout_p, mask)
 
     def _is_covered(self, x: Tensor) -> bool:
         if _has_any_global_hook() or uncovered_base(self.base_layer) or x.shape[-1] != self.in_features:

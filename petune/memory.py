@@ -1,10 +1,12 @@
 """What a model costs: parameters, and the bytes that a training step keeps for its backward."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from petune.state import adapter_keys
 
@@ -38,7 +40,7 @@ class SavedBytes:
     """
 
     def __init__(self, exclude: Iterable[Tensor] = ()) -> None:
-        self._excluded = {_storage_key(tensor) for tensor in exclude}
+        self._excluded = {_storage_key(part) for tensor in exclude for part in _stored(tensor)}
         self._storages: dict[tuple[torch.device, int], int] = {}
         self._alive: list[Tensor] = []
         self._hooks: Any = None
@@ -58,11 +60,12 @@ class SavedBytes:
         self._alive.clear()
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        if tensor.layout is torch.strided and not tensor.is_meta:
-            key = _storage_key(tensor)
-            if key not in self._excluded and key not in self._storages:
-                self._storages[key] = tensor.untyped_storage().nbytes()
-                self._alive.append(tensor.detach())  # so that no later storage takes the same address
+        for part in _stored(tensor):
+            if part.layout is torch.strided and not part.is_meta:
+                key = _storage_key(part)
+                if key not in self._excluded and key not in self._storages:
+                    self._storages[key] = part.untyped_storage().nbytes()
+                    self._alive.append(part.detach())  # so that no later storage takes the same address
         return tensor
 
 
@@ -92,4 +95,14 @@ def _elements(tensors: Iterable[Tensor]) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(part.numel() * part.element_size() for tensor in tensors for part in _stored(tensor))
+
+
+def _stored(tensor: Tensor) -> Iterator[Tensor]:
+    """What lies in memory of a tensor: codes and scales of a quantised one of torchao; any other itself."""
+    if not is_traceable_wrapper_subclass(tensor) or isinstance(tensor, DTensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from _stored(getattr(tensor, name))

@@ -98,11 +98,15 @@ def _base_name(base: nn.Module, config: PeftConfig) -> str | None:
 
 
 def _build_options(base: nn.Module) -> dict[str, Any]:
-    """What the base's `from_pretrained` needs to build the same modules: labels of the head, and whether it pools."""
+    """What the base's `from_pretrained` needs to build the same modules: labels of the head, whether it pools, and how
+    it was quantised."""
     options: dict[str, Any] = {}
     if "add_pooling_layer" in inspect.signature(type(base).__init__).parameters:
         options["add_pooling_layer"] = getattr(base, "pooler", None) is not None
     config = getattr(base, "config", None)
+    quantizer: Any = getattr(base, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.pre_quantized:
+        options["quantization_config"] = _plain(quantizer.quantization_config.to_dict())
     if "Classification" in type(base).__name__ and config is not None:
         fields = ("id2label", "label2id", "problem_type")
         options |= {field: _plain(getattr(config, field)) for field in fields if getattr(config, field, None)}

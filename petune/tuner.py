@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from petune.block_layer import PetuneBlock
 from petune.blocks import has_width
 from petune.config import PetuneConfig
+from petune.four_bits import keep_form
 from petune.hooks import remove_hooks, share_of_step
 from petune.layer import BASE, AdapterLayer
 from petune.topology import closest_modules, find_topology, resolve_targets
@@ -73,6 +74,7 @@ class PetuneTuner(BaseTuner):
             self._check_target(name, module)
         _check_not_nested(targets)
         self.check_targets(peft_config, model, targets)
+        keep_form(model)
 
     def check_targets(self, config: PetuneConfig, model: nn.Module, targets: list[tuple[str, nn.Module]]) -> None:
         """What only this method asks of its targets; raises ValueError with field, value, module and alternative."""
@@ -154,8 +156,7 @@ class PetuneTuner(BaseTuner):
 
     def _quantization_backend(self, module: nn.Module) -> QuantizationBackend | None:
         """PEFT's access to a quantised weight; None for a float one."""
-        quantizer = getattr(self.model, "hf_quantizer", None)
-        config = getattr(quantizer, "quantization_config", None)
+        config = getattr(getattr(self.model, "hf_quantizer", None), "quantization_config", None)
         requantise = getattr(config, "get_apply_tensor_subclass", None)  # torchao's way to quantise a merged weight
         return resolve_quantization_backend(_base(module), get_apply_tensor_subclass=requantise)
 
@@ -269,7 +270,7 @@ class PetuneTuner(BaseTuner):
                 f"{type(self).__name__}: adapter_names is not supported, because the method looks at the whole batch; "
                 "call the model once per adapter with set_adapter()."
             )
-        if self.training:
+        if self.training and not hasattr(self.tuner_layer_cls, "operands"):  # grouped layers train mixed batches
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         unknown = set(rows) - set(self.peft_config) - {BASE}
         if unknown:

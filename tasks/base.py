@@ -21,11 +21,11 @@ from typing_extensions import Self
 
 from petune.adapters.lora import FusedLoraConfig, fuse
 from petune.fsdp2 import shard
-from petune.tasks.describe import class_path, describe_adapter, plain, resolve_adapter
+from petune.tasks.describe import class_path, describe_adapter, no_match, plain, resolve_adapter
 from petune.tasks.guard import GuardedModule
 from petune.tasks.models import fresh_modules, load_config, load_model, load_tokenizer
 from petune.tasks.optim import adamw, check_learning_rate, parameter_groups, warmup_schedule
-from petune.topology import closest_modules
+from petune.tasks.quantization import Quantization, check_adapter, name_linears
 from petune.tuner import PetuneTuner
 
 Trained = Literal["adapter", "head", "all"]
@@ -37,6 +37,10 @@ DEFAULT_ADAPTER: PeftConfig = lazy_instance(FusedLoraConfig)
 _WHERE = ("revision", "trust_remote_code", "cache_dir", "token", "subfolder")  # of model_kwargs, what a config needs
 _PEFT_HEADS = ("classifier", "score")  # PEFT adds these two to modules_to_save itself
 _HEADS = (*_PEFT_HEADS, "classification_head", "pre_classifier")
+_AS_THEY_ARE = (  # arguments that the task keeps under their own names
+    *("learning_rate", "head_learning_rate", "lora_plus_ratio", "weight_decay", "warmup_ratio"),
+    *("gradient_checkpointing", "autocast_adapter_dtype", "quantization"),
+)
 
 
 class AdapterTask(GuardedModule):
@@ -62,6 +66,8 @@ class AdapterTask(GuardedModule):
         autocast_adapter_dtype: keep the adapter in float32 where the base is in half precision.
         tokenizer: folder, hub id or object; None for the model's own.
         model_kwargs: further arguments of `from_pretrained`, such as revision or attn_implementation.
+        quantization: form in which to load the linears of the base's blocks: nf4, fp4 or int8 (bitsandbytes),
+            int8_weight_only or int4_weight_only (torchao).
 
     Raises:
         ValueError: an argument is out of its range.
@@ -71,6 +77,10 @@ class AdapterTask(GuardedModule):
     auto_class: ClassVar[Any] = AutoModel
     calls_model: ClassVar[bool] = True
     """Whether all runs through `model`'s forward, where FSDP2 gathers weights, and not through parts of it."""
+    main_metrics: ClassVar[dict[str, Literal["max", "min"]]] = {"loss": "min"}
+    """Which value of a metric is the best one, by its name without val/ or test/; the first that is logged decides."""
+    has_own_head: ClassVar[bool] = True
+    """Whether train: head trains a small head for the task, and not the output embedding of a language model."""
 
     model: PreTrainedModel | PeftModel
 
@@ -92,6 +102,7 @@ class AdapterTask(GuardedModule):
         autocast_adapter_dtype: bool = True,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         model_kwargs: dict[str, Any] | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         super().__init__()
         if train not in LEARNING_RATE:
@@ -114,10 +125,9 @@ class AdapterTask(GuardedModule):
         source = fspath(model) if isinstance(model, PathLike) else model
         self._source: tuple[str | PreTrainedModel] = (source,)  # in a tuple, so that it is no submodule before build()
         self._tokenizer = tokenizer
+        self.quantization: Quantization | None = quantization
         self._check_ranges()
-        self.strict_loading = (
-            False  # checkpoints hold what was trained; on_load_checkpoint checks that all of it is there
-        )
+        self.strict_loading = False  # checkpoints hold what was trained; on_load_checkpoint looks for all of it
 
     def __getattr__(self, name: str) -> Any:
         if name == "model" and name not in self.__dict__.get("_modules", {}):
@@ -188,9 +198,8 @@ class AdapterTask(GuardedModule):
         config = self.base_config()
         auto_class, kwargs = self.architecture(config)
         if weights:
-            return load_model(
-                auto_class, source, config=config, dtype=self.dtype_name, **{**kwargs, **self.model_kwargs}
-            )
+            kwargs = {"config": config, "dtype": self.dtype_name, **kwargs, **self.model_kwargs}
+            return load_model(auto_class, source, self.quantization, **kwargs)
         dtype = (config.dtype or torch.float32) if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
         return auto_class.from_config(config, dtype=dtype, **kwargs), []
 
@@ -306,15 +315,9 @@ class AdapterTask(GuardedModule):
             "model": self.model_name,
             "adapter": describe_adapter(self.adapter),
             "train": self.trained,
-            "learning_rate": self.learning_rate,
-            "head_learning_rate": self.head_learning_rate,
-            "lora_plus_ratio": self.lora_plus_ratio,
-            "weight_decay": self.weight_decay,
-            "warmup_ratio": self.warmup_ratio,
-            "gradient_checkpointing": self.gradient_checkpointing,
+            **{name: getattr(self, name) for name in _AS_THEY_ARE},
             "compile": plain(self.compile_options),
             "dtype": self.dtype_name,
-            "autocast_adapter_dtype": self.autocast_adapter_dtype,
             "model_kwargs": plain(self.model_kwargs),
         }
         if isinstance(self.scheduler_factory, str):
@@ -350,6 +353,7 @@ class AdapterTask(GuardedModule):
                 f"use {self.task_type!r} or leave task_type out."
             )
         config.task_type = self.task_type
+        name_linears(config, model)
         self.prepare_adapter(config, model)
         if self.head and hasattr(config, "modules_to_save"):
             extra = [name for name in self.head if name not in _PEFT_HEADS]
@@ -358,7 +362,7 @@ class AdapterTask(GuardedModule):
         try:
             wrapped = get_peft_model(model, config, autocast_adapter_dtype=self.autocast_adapter_dtype)
         except NoMatchingPeftModuleError as error:
-            raise ValueError(_no_match(model, config)) from error
+            raise ValueError(no_match(model, config)) from error
         if isinstance(config, FusedLoraConfig) and config.target_modules:  # else it trains tokens or parameters alone
             fuse(wrapped)
         return cast("PeftModel", wrapped)
@@ -374,6 +378,8 @@ class AdapterTask(GuardedModule):
         for name, (value, good, want) in wants.items():
             if not good:
                 raise ValueError(f"{type(self).__name__}.{name}={value} is out of range; use {want}.")
+        if self.quantization is not None:
+            check_adapter(self.quantization, self.trained, self.adapter, self._source[0])
 
 
 def gather(values: Tensor) -> Tensor:
@@ -385,13 +391,3 @@ def gather(values: Tensor) -> Tensor:
 
 def _positive(value: float | None) -> bool:
     return value is None or value > 0
-
-
-def _no_match(model: nn.Module, config: PeftConfig) -> str:
-    wanted = getattr(config, "target_modules", None)
-    names = [wanted] if isinstance(wanted, str) else sorted(wanted or ())
-    closest = closest_modules(model, names)
-    return (
-        f"{type(config).__name__}.target_modules={names} matches no module of {type(model).__name__}; "
-        f"closest are {', '.join(closest) or 'none'}; give some of those, or all-linear."
-    )

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from petune.tasks.base import AdapterTask
 from petune.tasks.causal_data import CausalLMData
 from petune.tasks.causal_rows import IGNORED
-from petune.tasks.generation import Generation, context_length
+from petune.tasks.generation import Generation
 from petune.tasks.models import fresh_modules
 from petune.tasks.packing import check_packing
+from petune.tasks.positions import check_asked
 
 Stage = Literal["val", "test"]
 
@@ -43,6 +44,8 @@ class CausalLM(AdapterTask):
 
     task_type = "CAUSAL_LM"
     auto_class: ClassVar[Any] = AutoModelForCausalLM
+    main_metrics: ClassVar[dict[str, Literal["max", "min"]]] = {"perplexity": "min"}
+    has_own_head = False
 
     def __init__(
         self,
@@ -98,13 +101,8 @@ class CausalLM(AdapterTask):
         Raises:
             ValueError: they may be longer than the model's positions reach, or have tokens that it does not know.
         """
-        data, limit = self._data, context_length(self.model)
-        if data is not None and limit is not None and data.max_length > limit:
-            raise ValueError(
-                f"max_length={data.max_length} is more than the {limit} tokens that {self._base_name} has positions "
-                f"for; use {limit} or less."
-            )
-        known = self._vocab_size
+        check_asked(self.asked_lengths, self.model, self.longest_text)
+        data, known = self._data, self._vocab_size
         if data is not None and len(data.text_tokenizer) > known:
             raise ValueError(
                 f"the tokenizer has {len(data.text_tokenizer)} tokens and {self._base_name} knows {known}; use the "
@@ -168,7 +166,7 @@ class CausalLM(AdapterTask):
         Raises:
             ValueError: prompt and answer together are longer than the model's positions reach.
         """
-        width, limit = batch["input_ids"].shape[1], context_length(self.model)
+        width, limit = batch["input_ids"].shape[1], self.longest_text
         if limit is not None and width + self.generation.max_new_tokens > limit:
             raise ValueError(
                 f"a prompt of {width} tokens and max_new_tokens={self.generation.max_new_tokens} are more than the "

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Value
+from torch import Tensor
 
 from petune.tasks.faults import shown
 from petune.tasks.sources import DataError, Source
@@ -14,21 +15,25 @@ from petune.tasks.sources import DataError, Source
 PLAIN_STRINGS = (Value("string"), Value("large_string"))
 
 
-def check_columns(source: Source, columns: Mapping[str, str]) -> None:
+def check_columns(source: Source, columns: Mapping[str, str], train: Source | None = None) -> None:
     """Every column asked for is there.
 
     Args:
         source: the rows.
         columns: argument name -> column it asks for, such as {"text_column": "text"}.
+        train: the training rows, where they have been read.
 
     Raises:
-        DataError: the message lists the columns there are, and the closest.
+        DataError: the message lists the columns there are, and the closest; or says that the training rows have it.
     """
     present = source.columns
     for argument, column in columns.items():
         if column not in present:
             close = get_close_matches(column, present, n=1, cutoff=0.5)
-            hint = f"did you mean {argument}={close[0]}?" if close else f"set {argument} to one of them."
+            if train is not None and train is not source and column in train.columns:
+                hint = f"give it the columns of {train.name}."
+            else:
+                hint = f"did you mean {argument}={close[0]}?" if close else f"set {argument} to one of them."
             raise DataError(
                 f"{argument}={column} is no column of {source.name}, which has {', '.join(present)}; {hint}"
             )
@@ -150,6 +155,29 @@ def _values(source: Source, column: str) -> Iterator[Any]:
     with source.reading():
         for batch in source.rows.select_columns([column]).with_format(None).iter(1000):
             yield from batch[column]  # type: ignore[index]
+
+
+def check_label_ids(labels: Tensor, count: int, task: str, ignored: int | None = None) -> None:
+    """Refuse labels of a batch that a task has no output for, before a GPU stops at them without a word.
+
+    Args:
+        labels: [batch, ...], int64.
+        count: classes of the task.
+        task: what to call it.
+        ignored: a label that does not count.
+
+    Raises:
+        ValueError: names the first one and its row.
+    """
+    wrong = (labels < 0) | (labels >= count)
+    if ignored is not None:
+        wrong &= labels != ignored
+    if wrong.any():
+        row = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"labels hold {int(labels[wrong][0])} and {task} has {count} classes from 0 on, first in row {row} of the "
+            "batch, counted from 0; correct the labels, or name all classes in labels."
+        )
 
 
 def raw_rows(source: Source, columns: Iterable[str]) -> Iterator[dict[str, Any]]:

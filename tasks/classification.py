@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
 from petune.tasks.base import AdapterTask, gather
+from petune.tasks.checks import check_label_ids
 from petune.tasks.metrics import load_metric
 
 Stage = Literal["val", "test"]
@@ -31,6 +32,10 @@ class Classification(AdapterTask):
     Raises:
         ValueError: labels are fewer than two, or named twice.
     """
+
+    main_metrics: ClassVar[dict[str, Literal["max", "min"]]] = {"accuracy": "max"}
+    ignored_label: ClassVar[int | None] = None
+    """A label in batches that does not count."""
 
     def __init__(
         self, model: str | PathLike[str] | PreTrainedModel, labels: list[str] | None = None, **kwargs: Any
@@ -74,19 +79,14 @@ class Classification(AdapterTask):
         return model, fresh
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Refuse labels that the model has no output for, before a GPU stops at them without a word.
+        """As `GuardedModule`, and refuse labels that the model has no output for.
 
         Raises:
-            ValueError: names the label.
+            ValueError: names the label and its row.
         """
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if isinstance(labels, Tensor) and len(labels):
-            low, high = (int(value) for value in labels.aminmax())
-            if low < 0 or high >= len(self.labels):
-                raise ValueError(
-                    f"labels hold {low if low < 0 else high} and {type(self).__name__} has {len(self.labels)} classes "
-                    "from 0 on; correct the labels, or name all classes in labels."
-                )
+            check_label_ids(labels, len(self.labels), type(self).__name__, self.ignored_label)
         return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:

@@ -113,9 +113,9 @@ class TextClassificationData(TextData):
         if self.text_pair_column is not None:
             texts["text_pair"] = asked["text_pair_column"] = self.text_pair_column
         if split == "predict":
-            check_columns(source, asked)
+            check_columns(source, asked, self._sources.get("train"))
             return RowFormat(texts)
-        check_columns(source, {**asked, "label_column": self.label_column})
+        check_columns(source, {**asked, "label_column": self.label_column}, self._sources.get("train"))
         return RowFormat(texts, self.label_column, self._labels)
 
     def collate(self, with_rows: bool) -> Collate:
@@ -196,7 +196,8 @@ class TextPairData(TextData):
             present = source.columns
             some = {role: column for role, column in texts.items() if column in present}
             texts = some or texts
-        check_columns(source, {f"{role}_column": column for role, column in texts.items()})
+        asked = {f"{role}_column": column for role, column in texts.items()}
+        check_columns(source, asked, self._sources.get("train"))
         return RowFormat(texts)
 
     def collate(self, with_rows: bool) -> Collate:

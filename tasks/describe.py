@@ -1,4 +1,4 @@
-"""An adapter's configuration as plain data and back, for checkpoints, logs and saved configurations."""
+"""An adapter's configuration as plain data and back, for checkpoints, logs, saved configurations and messages."""
 
 import copy
 import dataclasses
@@ -9,8 +9,10 @@ from typing import Any, cast
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
 
 from petune.registry import methods
+from petune.topology import closest_modules
 
 _WRITTEN_BY_PEFT = ("peft_type", "peft_version", "auto_mapping")
 
@@ -71,3 +73,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in cast("list[Any]", value)]
     return value
+
+
+def no_match(model: nn.Module, config: PeftConfig) -> str:
+    """What to say where `target_modules` names nothing in the model."""
+    wanted = getattr(config, "target_modules", None)
+    names = [wanted] if isinstance(wanted, str) else sorted(wanted or ())
+    closest = closest_modules(model, names)
+    return (
+        f"{type(config).__name__}.target_modules={names} matches no module of {type(model).__name__}; "
+        f"closest are {', '.join(closest) or 'none'}; give some of those, or all-linear."
+    )

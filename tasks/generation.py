@@ -50,11 +50,5 @@ class Generation:
         )
 
 
-def context_length(model: PreTrainedModel | PeftModel) -> int | None:
-    """Tokens that the model's positions reach to; None where it has no such limit."""
-    config: Any = model.config
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
 def _listed(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else ids

@@ -1,16 +1,49 @@
-"""Stop a run at the first loss that is no number, before it reaches the weights, and name the rows of its batch."""
+"""Stop a run at a text longer than the model, and at a loss that is no number, before it reaches the weights."""
+
+from functools import cached_property
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from petune.tasks.loaders import ResumableLoader
+from petune.tasks.positions import check_asked, check_batch, max_tokens
 
 _SHOWN = 32
 
 
 class GuardedModule(L.LightningModule):
-    """A LightningModule whose training stops at a loss that is not finite."""
+    """A LightningModule that refuses texts longer than its `model`, and whose training stops at a loss not finite."""
+
+    model: PreTrainedModel | PeftModel
+
+    length_arguments: ClassVar[tuple[str, ...]] = ("max_length",)
+    """Arguments of the data module that say how many tokens a text may have."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Refuse texts longer than the model, at the first batch and whatever its own length.
+
+        Raises:
+            ValueError: names the number of tokens the model has positions for.
+        """
+        if getattr(self.model, "main_input_name", None) == "input_ids":
+            check_asked(self.asked_lengths, self.model, self.longest_text)
+            check_batch(batch, self.model, self.longest_text)
+        return batch
+
+    @property
+    def asked_lengths(self) -> dict[str, int | None]:
+        """`length_arguments` of the data module; None for one that it has not."""
+        data = getattr(self._trainer, "datamodule", None)
+        return {name: getattr(data, name, None) for name in self.length_arguments}
+
+    @cached_property
+    def longest_text(self) -> int | None:
+        """Tokens that the model has positions for; None where there is no limit."""
+        return max_tokens(self.model)
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Look at the loss of a batch.

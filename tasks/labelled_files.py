@@ -210,10 +210,10 @@ class LabelledFileData(FileData[LabelledFile]):
         assert source is not None
         table = source.rows
         assert isinstance(table, Dataset)
-        check_columns(source, {self.column_argument: self.column})
+        check_columns(source, {self.column_argument: self.column}, self._sources.get("train"))
         labels: Sequence[int] | None = None
         if split != "predict":
-            check_columns(source, {"label_column": self.label_column})
+            check_columns(source, {"label_column": self.label_column}, self._sources.get("train"))
             labels = self._labels.ids(source, self.label_column).tolist()
         places = enumerate(self._places(source))
         found = [LabelledFile(name, row, labels[row] if labels else None, path) for row, (name, path) in places]

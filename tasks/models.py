@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from petune.tasks.quantization import Quantization, prepare, quantization_config
 from petune.tasks.sources import hub_or_cache
 
 
@@ -34,18 +35,26 @@ def has_pooler(config_class: type[PretrainedConfig]) -> bool:
     return all(k is not None and "add_pooling_layer" in inspect.signature(k.__init__).parameters for k in kinds)
 
 
-def load_model(auto_class: Any, name: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
+def load_model(
+    auto_class: Any, name: str, quantization: Quantization | None = None, **kwargs: Any
+) -> tuple[PreTrainedModel, list[str]]:
     """A pretrained model and the names of its parameters that the checkpoint does not hold.
 
     Args:
         auto_class: a transformers Auto class, or a model class.
         name: local folder or hub id.
+        quantization: form of the weights; then `kwargs` has the base's `config`.
         kwargs: for `from_pretrained`.
 
     Raises:
         FileNotFoundError: as `load_config`.
+        ImportError: the library of the quantization is not installed.
         ValueError: the checkpoint lacks most of the model's body, or has a part of it in another shape.
     """
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization_config(
+            quantization, auto_class, kwargs["config"], kwargs.get("dtype", "auto")
+        )
     # A head of another size counts as missing too, and is made anew.
     model, info = _from_pretrained(auto_class, name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     mismatched = {str(key[0]) for key in info["mismatched_keys"]}
@@ -57,6 +66,8 @@ def load_model(auto_class: Any, name: str, **kwargs: Any) -> tuple[PreTrainedMod
             f"model={name!r} lacks {len(body & fresh)} of {len(body)} weights of {type(model).__name__}'s body or has "
             f"them in another shape, {min(body & fresh)} first; give the folder or hub id of a whole pretrained model."
         )
+    if getattr(model, "hf_quantizer", None) is not None:
+        prepare(model)
     return model, sorted(fresh)
 
 

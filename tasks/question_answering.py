@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from os import PathLike
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class QuestionAnswering(TokenTask):
 
     task_type = "QUESTION_ANS"
     auto_class: ClassVar[Any] = AutoModelForQuestionAnswering
+    main_metrics: ClassVar[dict[str, Literal["max", "min"]]] = {"f1": "max"}
 
     def __init__(
         self,

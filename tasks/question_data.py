@@ -111,9 +111,10 @@ class QuestionAnsweringData(TextData):
 
     def row_format(self, source: Source, split: SplitName) -> RowFormat:
         """A question, its context, and, but in prediction, its answers."""
-        asked = ("question", "context") if split == "predict" else tuple(self.columns)
-        texts = {role: self.columns[role] for role in asked}
-        check_columns(source, {f"{role}_column": column for role, column in texts.items()})
+        roles = ("question", "context") if split == "predict" else tuple(self.columns)
+        texts = {role: self.columns[role] for role in roles}
+        asked = {f"{role}_column": column for role, column in texts.items()}
+        check_columns(source, asked, self._sources.get("train"))
         return QuestionFormat(texts, windows=self._windows)
 
     def collate(self, with_rows: bool) -> Collate:

@@ -13,6 +13,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from petune.adapters.side import HierarchicalSideConfig
 from petune.tasks.base import AdapterTask
+from petune.tasks.checks import check_label_ids
 from petune.tasks.models import has_pooler
 from petune.tasks.pictures import IGNORED
 from petune.tasks.segmentation_model import MapHead, SegmentationModel, patch_map, resize
@@ -41,6 +42,7 @@ class SemanticSegmentation(AdapterTask):
 
     task_type: ClassVar[Any] = None  # PEFT's task types are those of texts
     auto_class: ClassVar[Any] = AutoModel
+    main_metrics: ClassVar[dict[str, Literal["max", "min"]]] = {"mean_iou": "max"}
     calls_model = False
 
     def __init__(
@@ -168,12 +170,7 @@ class SemanticSegmentation(AdapterTask):
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean over the pixels that count; 0 where none does."""
-        largest = int(labels.max())
-        if largest >= logits.shape[1]:
-            raise ValueError(
-                f"labels hold class {largest} and the model has {logits.shape[1]} classes, counted from 0; correct "
-                "the masks, or name all classes in labels."
-            )
+        check_label_ids(labels, logits.shape[1], type(self).__name__, IGNORED)
         counted = (labels != IGNORED).sum().clamp(min=1)
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / counted
 

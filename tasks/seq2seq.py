@@ -15,7 +15,6 @@ from petune.tasks.base import AdapterTask
 from petune.tasks.metrics import load_metric
 from petune.tasks.models import fresh_modules
 from petune.tasks.seq2seq_data import IGNORED
-from petune.tasks.token_task import max_tokens
 
 Stage = Literal["val", "test"]
 
@@ -42,6 +41,9 @@ class Seq2Seq(AdapterTask):
 
     task_type = "SEQ_2_SEQ_LM"
     auto_class: ClassVar[Any] = AutoModelForSeq2SeqLM
+    length_arguments = ("max_source_length", "max_target_length")
+    main_metrics: ClassVar[dict[str, Literal["max", "min"]]] = {"rougeL": "max"}
+    has_own_head = False
 
     def __init__(
         self,
@@ -68,23 +70,6 @@ class Seq2Seq(AdapterTask):
         output = model.get_output_embeddings()
         heads = [name for name, module in model.named_modules() if module is output and self.trained != "adapter"]
         return [*heads, *(name for name in fresh_modules(model, fresh) if name not in heads)]
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Refuse texts longer than the model, at the first batch and whatever its own length.
-
-        Raises:
-            ValueError: names the number of tokens the model has positions for.
-        """
-        data = getattr(self._trainer, "datamodule", None)
-        longest = max_tokens(self.model)
-        for name in ("max_source_length", "max_target_length"):
-            tokens = getattr(data, name, None)
-            if longest is not None and tokens is not None and tokens > longest:
-                raise ValueError(
-                    f"{name}={tokens} is more than the {longest} tokens that {self.model_name or 'the model'} has "
-                    f"positions for; use {longest} or less."
-                )
-        return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits of the batch's labels, each from those before it, [batch, target tokens, vocabulary]."""

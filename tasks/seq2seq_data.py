@@ -135,7 +135,8 @@ class Seq2SeqData(TextData):
         texts = {"source": self.source_column}
         if split != "predict":
             texts["target"] = self.target_column
-        check_columns(source, {f"{role}_column": column for role, column in texts.items()})
+        asked = {f"{role}_column": column for role, column in texts.items()}
+        check_columns(source, asked, self._sources.get("train"))
         return RowFormat(texts)
 
     def collate(self, with_rows: bool) -> Collate:

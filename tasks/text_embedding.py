@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForTextEncoding, PretrainedConfig, 
 from petune.tasks.base import AdapterTask, gather
 from petune.tasks.metrics import load_metric, retrieval_ranks
 from petune.tasks.models import has_pooler
+from petune.tasks.positions import max_tokens
 
 Stage = Literal["val", "test"]
 
@@ -35,6 +36,7 @@ class TextEmbedding(AdapterTask):
 
     task_type = "FEATURE_EXTRACTION"
     auto_class: ClassVar[Any] = AutoModel
+    main_metrics: ClassVar[dict[str, Literal["max", "min"]]] = {"recall_at_1": "max"}
 
     def __init__(self, model: str | PathLike[str] | PreTrainedModel, scale: float = 20.0, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
@@ -129,7 +131,7 @@ class TextEmbedding(AdapterTask):
         config = base.config.get_text_config()
         if not texts:
             return torch.empty(0, config.hidden_size)
-        takes: int = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
+        takes = max_tokens(model) or self.tokenizer.model_max_length
         limit = max_length or min(self.tokenizer.model_max_length, takes)
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # little padding
         modes = {module: module.training for module in self.modules()}

@@ -41,6 +41,8 @@ class TokenClassification(TokenTask, Classification):
 
     task_type = "TOKEN_CLS"
     auto_class: ClassVar[Any] = AutoModelForTokenClassification
+    main_metrics: ClassVar[dict[str, Literal["max", "min"]]] = {"entity_f1": "max", "macro_f1": "max"}
+    ignored_label = IGNORED
 
     _weights: Tensor | None
 
@@ -83,19 +85,6 @@ class TokenClassification(TokenTask, Classification):
                 f"TokenClassification.class_weights has {len(self._weights)} weights and there are "
                 f"{len(self.labels)} labels; give each one."
             )
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """As `TokenTask`, and refuse tags that the model has no output for.
-
-        Raises:
-            ValueError: names the tag's number.
-        """
-        if "labels" in batch and int(batch["labels"].max()) >= len(self.labels):
-            raise ValueError(
-                f"labels hold {int(batch['labels'].max())} and TokenClassification has {len(self.labels)} tags, "
-                "counted from 0; correct the labels, or name all tags in labels."
-            )
-        return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits, [batch, tokens, labels], float32."""

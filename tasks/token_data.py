@@ -163,9 +163,9 @@ class TokenClassificationData(TextData):
         """Words, and, but in prediction, a tag for each."""
         texts, asked = {"tokens": self.tokens_column}, {"tokens_column": self.tokens_column}
         if split == "predict":
-            check_columns(source, asked)
+            check_columns(source, asked, self._sources.get("train"))
             return TokenFormat(texts)
-        check_columns(source, {**asked, "label_column": self.label_column})
+        check_columns(source, {**asked, "label_column": self.label_column}, self._sources.get("train"))
         own = _class_names(source, self.label_column)
         if own is not None and own != self.labels:
             raise DataError(

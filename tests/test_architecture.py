@@ -79,17 +79,18 @@ def test_a_method_imports_no_other_method_and_no_trainer(method):
 
 
 def test_tasks_do_not_import_callbacks_or_the_command_line():
-    assert offenders("petune.tasks", "petune.callbacks", "petune.cli", "petune.demo") == []
+    assert offenders("petune.tasks", "petune.callbacks", "petune.cli", "petune.demo", "petune.comparison") == []
 
 
 def test_callbacks_do_not_import_tasks():
-    assert offenders("petune.callbacks", "petune.tasks", "petune.cli", "petune.demo") == []
+    assert offenders("petune.callbacks", "petune.tasks", "petune.cli", "petune.demo", "petune.comparison") == []
 
 
 SHARED = ("registry", "config", "layer", "block_layer", "frozen_block", "tuner", "topology", "fingerprint", "export")
+TURNS = ("layer_scheduler", "layer_options", "layer_turns", "trainer_callbacks")
 
 
-@pytest.mark.parametrize("name", [*SHARED, "feature_cache"])
+@pytest.mark.parametrize("name", [*SHARED, "feature_cache", *TURNS])
 def test_the_shared_base_imports_neither_trainer_nor_what_stands_on_it(name):
     above = ("lightning", "triton", "petune.tasks", "petune.callbacks", "petune.cli", "petune.demo")
     assert offenders(f"petune.{name}", *above) == []

@@ -12,6 +12,7 @@ from petune.adapters.lora.group import Group, detach
 from petune.adapters.lora.layer import FusedLoraLinear, uncovered_adapter
 from petune.adapters.lora.mlp import FusedGatedMlp, fused_class, uncovered_mlp
 from petune.adapters.lora.source import gated_form, shared_inputs
+from petune.four_bits import keep_form
 from petune.low_rank import class_name, uncovered_base
 
 _LARGEST_GROUP = 4  # what `lora_group` takes
@@ -59,6 +60,7 @@ def fuse(model: nn.Module, *, group: bool = True) -> FuseReport:
         ValueError: the model has no LoRA layer.
     """
     fused, left = 0, dict[str, str]()
+    keep_form(model)
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -101,7 +103,7 @@ def _separate(module: nn.Module) -> None:
 
 def _why_not(layer: nn.Module) -> str:
     if type(layer) is not LoraLinear and not isinstance(layer, FusedLoraLinear):
-        return f"it is PEFT's {class_name(layer)}"
+        return f"it is {class_name(layer)}"
     reasons = [uncovered_adapter(layer, name) for name in layer.lora_A]
     return uncovered_base(layer.base_layer) or (reasons[0] if reasons and all(reasons) else "")
 

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from petune.adapters.lora.layer import FusedLoraLinear, Operands
+from petune.adapters.lora.layer import FusedLoraLinear
 from petune.kernels.lora_group import lora_group
-from petune.low_rank import is_hooked
+from petune.low_rank import Operands, is_hooked
 
 
 class _Pending(NamedTuple):

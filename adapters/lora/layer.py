@@ -1,6 +1,6 @@
 """`FusedLoraLinear`: PEFT's LoRA linear layer with its forward as one operator."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -10,30 +10,22 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
+from petune.four_bits import keep_form
 from petune.kernels.lora_linear import lora_linear
-from petune.low_rank import is_hooked, is_wrapped, takes, tensor, uncovered_base
+from petune.low_rank import Operands, is_hooked, is_wrapped, takes, tensor, uncovered_base
+from petune.mixed_batch import allow_training, grouped, row_groups
 
 if TYPE_CHECKING:
     from petune.adapters.lora.group import Group
-
-
-class Operands(NamedTuple):
-    """What a call needs besides x, in the order of `petune.kernels.lora_linear.lora_linear`."""
-
-    weight: Tensor
-    bias: Tensor | None
-    a: Tensor
-    b: Tensor
-    scale: float
-    dropout_p: float
 
 
 class FusedLoraLinear(LoraLinear):
     """y = x Wᵀ + b + Σ scale · drop(x) Aᵀ Bᵀ over the active adapters, by `petune.kernels.lora_linear`.
 
     State, keys, merging and every other method are those of `peft.tuners.lora.Linear`, and so is the forward of all
-    that the operator does not cover: mixed batches, variants such as DoRA, `lora_bias`, hooks on the wrapped modules,
-    several active adapters with dropout.
+    that the operator does not cover: variants such as DoRA, `lora_bias`, hooks on the wrapped modules, several active
+    adapters with dropout. Rows of a batch that take different adapters (`adapter_names`) are computed by
+    `petune.kernels.grouped_lora`.
     """
 
     group: "Group | None" = None
@@ -41,7 +33,9 @@ class FusedLoraLinear(LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs:
-            return super().forward(x, *args, **kwargs)
+            names = kwargs.get("adapter_names")
+            y = None if names is None or args or len(kwargs) > 1 else self._mixed(x, tuple(names))
+            return super().forward(x, *args, **kwargs) if y is None else y
         if self.group is not None:
             y = self.group.take(self, x)
             if y is not None:
@@ -57,10 +51,7 @@ class FusedLoraLinear(LoraLinear):
         # the dictionaries of modules and parameters are read directly: nn.Module.__getattr__ takes ten times as long
         modules: dict[str, Any] = self._modules
         base = modules["base_layer"]
-        if self._disable_adapters or self.merged_adapters or _has_any_global_hook() or uncovered_base(base):
-            return None
-        weight = tensor(base, "weight")
-        if x.shape[-1] != self.in_features or not takes(x, weight, self.cast_input_dtype_enabled):
+        if not self._takes(x, base):
             return None
         live: list[tuple[Tensor, Tensor, float, float]] = []
         active = self._active_adapter
@@ -69,8 +60,7 @@ class FusedLoraLinear(LoraLinear):
                 if uncovered_adapter(self, name):
                     return None
                 live.append(self._adapter(name))
-        if type(base) is Conv1D:
-            weight = weight.T
+        weight = _weight(base)
         if len(live) == 1:
             return Operands(weight, tensor(base, "bias"), *live[0])
         if not live or any(dropout_p for *_, dropout_p in live):
@@ -80,10 +70,34 @@ class FusedLoraLinear(LoraLinear):
         b = torch.cat([b * scale for _, b, scale, _ in live], dim=1)
         return Operands(weight, tensor(base, "bias"), a, b, 1.0, 0.0)
 
+    def _mixed(self, x: Tensor, names: tuple[str, ...]) -> Tensor | None:
+        """The output for rows that take these adapters, or None where PEFT's loop over them must run."""
+        modules: dict[str, Any] = self._modules
+        base = modules["base_layer"]
+        if len(names) != len(x) or not self._takes(x, base):
+            return None
+        present, groups = row_groups(names, frozenset(modules["lora_A"]._modules))
+        if groups is None or any(uncovered_adapter(self, name) for name in present):
+            return None
+        weight, bias = _weight(base), tensor(base, "bias")
+        return grouped(x, [Operands(weight, bias, *self._adapter(name)) for name in present], groups)
+
+    def _takes(self, x: Tensor, base: nn.Module) -> bool:
+        """Whether the operators may stand for the base layer, and for x as it is."""
+        if self._disable_adapters or self.merged_adapters or _has_any_global_hook() or uncovered_base(base):
+            return False
+        weight = tensor(base, "weight")
+        return x.shape[-1] == self.in_features and takes(x, weight, self.cast_input_dtype_enabled)
+
     def _adapter(self, name: str) -> tuple[Tensor, Tensor, float, float]:
         a, b, dropout = parts(self, name)
         dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         return tensor(a, "weight"), tensor(b, "weight"), self.scaling[name], dropout_p
+
+
+def _weight(base: nn.Module) -> Tensor:
+    weight = tensor(base, "weight")
+    return weight.T if type(base) is Conv1D else weight
 
 
 def parts(layer: LoraLinear, name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -116,9 +130,13 @@ def uncovered_adapter(layer: LoraLinear, name: str) -> str:
 def create_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
     """PEFT's custom-module factory: a `FusedLoraLinear`, or None to let PEFT's next dispatcher take the module."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    keep_form(base)
     if uncovered_base(base) or isinstance(target, BaseTunerLayer):
         return None
     layer = dispatch_default(target, adapter_name, config=config, **kwargs)
     if type(layer) is LoraLinear and not uncovered_adapter(layer, adapter_name):
         layer.__class__ = FusedLoraLinear
     return layer
+
+
+allow_training(FusedLoraLinear)

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from petune.adapters.onebit.config import BiLoraConfig
+from petune.kernels.grouped_lora import PackedFactors, grouped_packed_lora
 from petune.kernels.packed_lora import packed_lora
-from petune.low_rank import Factors, LowRankLayer, tensor
+from petune.low_rank import Factors, LowRankLayer, Operands
+from petune.mixed_batch import grouped, row_groups
 from petune.quantized.linear import PackedLinear, QuantizedLinear
 
 
@@ -52,14 +55,51 @@ class BiLoraLayer(LowRankLayer):
         whole = with_zero_rows(b.quantized(), self.parts[name], self.out_features)  # pyright: ignore[reportCallIssue]
         return Factors(a.quantized(), whole, self.scale[name], early, dropout_p - early)  # pyright: ignore[reportCallIssue]
 
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if adapter_names is not None and not args and not kwargs:
+            y = self._mixed(x, tuple(adapter_names))
+            if y is not None:
+                return y
+        return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
+
+    def _mixed(self, x: Tensor, names: tuple[str, ...]) -> Tensor | None:
+        """The output for rows that take these adapters, or None where each of them must compute its own."""
+        if self.disable_adapters or self.merged or len(names) != len(x) or not self._is_covered(x):
+            return None
+        present, groups = row_groups(names, frozenset(self.petune_bilora_a))
+        if groups is None:
+            return None
+        packed = [self._packed(name) for name in present]
+        if all(packed):
+            return grouped_packed_lora(x, *self._base(), cast("list[PackedFactors]", packed), groups)
+        factors = [self.factors(name) for name in present]
+        if any(one.rank_dropout_p for one in factors):
+            return None
+        base = self._base()
+        return grouped(x, [Operands(*base, one.a, one.b, one.scale, one.dropout_p) for one in factors], groups)
+
+    def operands(self, x: Tensor) -> Operands | None:
+        """What the fused operator needs for this call; None where it does not cover it, or needs a mask of the rank.
+
+        Everything is looked at in every call.
+        """
+        live = self.live_adapters()
+        if len(live) != 1 or not self._is_covered(x):
+            return None
+        a, b, scale, dropout_p, rank_dropout_p = self.factors(live[0])
+        return None if rank_dropout_p > 0.0 else Operands(*self._base(), a, b, scale, dropout_p)
+
     def _fused(self, name: str, x: Tensor) -> Tensor:
+        packed = self._packed(name)
+        return super()._fused(name, x) if packed is None else packed_lora(x, *self._base(), *packed)
+
+    def _packed(self, name: str) -> PackedFactors | None:
+        """The codes of an adapter that has no latents, None for one that has, or that leaves rows of B out."""
         a, b = self.petune_bilora_a[name], self.petune_bilora_b[name]
         if not (isinstance(a, PackedLinear) and isinstance(b, PackedLinear)) or self.parts[name]:
-            return super()._fused(name, x)
-        weight, bias = tensor(self.base_layer, "weight"), tensor(self.base_layer, "bias")
-        weight = weight.T if self.transposed else weight
-        packed = (a.bits, a.levels(), b.bits, b.levels(), a.out_features, a.quantization.bits)
-        return packed_lora(x, weight, bias, *packed, self.scale[name])
+            return None
+        bits = a.quantization.bits
+        return PackedFactors(a.bits, a.levels(), b.bits, b.levels(), a.out_features, bits, self.scale[name])
 
 
 def with_zero_rows(b: Tensor, parts: Sequence[tuple[int, int]], out_features: int) -> Tensor:

@@ -237,8 +237,8 @@ def norm_kind(norm: nn.Module) -> Kind:
         ValueError: none of them.
     """
     probe: Any = copy.deepcopy(norm).to_empty(device="cpu").float()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
+    generator = torch.Generator("cpu").manual_seed(0)
+    with torch.device("cpu"), torch.no_grad():  # also where a model is made on another, as an estimate's on meta
         for parameter in probe.parameters():
             parameter.uniform_(0.5, 1.5, generator=generator)
         x = torch.randn(2, probe.weight.numel(), generator=generator)

@@ -22,6 +22,8 @@ TRAINER_COMMANDS = {
 }
 """Commands whose arguments are those of the Lightning command line (petune/cli/train.py)."""
 
+_MANY = "fit-many"
+
 DESCRIPTION = "Parameter-efficient fine-tuning for PEFT, Lightning and Hugging Face models."
 EPILOG = "`petune COMMAND --help` explains a command. --debug, anywhere, shows the traceback of an error."
 
@@ -64,13 +66,19 @@ def _dispatch(arguments: list[str]) -> int:
         from petune.cli.train import run_trainer_command
 
         return run_trainer_command(command, arguments[1:])
-    commands = [*TRAINER_COMMANDS, *_LOCAL_COMMANDS]
+    if command == _MANY and arguments[0] == command:
+        return _fit_many(arguments[1:])
+    commands = [*TRAINER_COMMANDS, _MANY, "compare", *_LOCAL_COMMANDS]
     if command is not None and command not in commands:
         raise UsageError(f"no command {command!r}.{closest(command, commands)} Commands: {', '.join(commands)}.")
     if command is None and not arguments:
         parser.print_help()
         return 0
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "compare":
+        return _compare(options, rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command is None:
         raise UsageError(f"no command given. Commands: {', '.join(commands)}.")
     return _LOCAL_COMMANDS[options.command](options)
@@ -87,8 +95,11 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, summary in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
+    _add_fit_many(commands.add_parser(_MANY, help="train the runs of a file at the same time on one base"))
     _add_export(commands.add_parser("export", help="write an adapter as a folder, a merged model or a plain LoRA"))
     _add_chat(commands.add_parser("chat", help="talk to a causal language model:  petune chat --adapter DIR"))
+    # the arguments of fit stand among its own, so no abbreviation may take one of those
+    _add_compare(commands.add_parser("compare", help="methods on one task, as table and plot", allow_abbrev=False))
     _add_demo(commands.add_parser("demo", help="adapt a small encoder on this machine, offline, and compare"))
     commands.add_parser("methods", help="the installed methods")
     recipe_actions = commands.add_parser("recipes", help="the shipped YAML files; show or copy one").add_subparsers(
@@ -101,6 +112,17 @@ def _build_parser() -> argparse.ArgumentParser:
     copy.add_argument("destination", nargs="?", help="file or folder (default: ./NAME.yaml)")
     commands.add_parser("env", help="versions and hardware, for a bug report")
     return parser
+
+
+def _add_fit_many(parser: argparse.ArgumentParser) -> None:
+    parser.description = "The arguments of `petune fit`, which hold for all runs, and:"
+    parser.add_argument("--runs", required=True, metavar="FILE", help="YAML: name to what differs from run to run")
+    parser.add_argument("--output", default="runs/many", metavar="DIR", help="a folder in it for each run (runs/many)")
+    parser.add_argument(
+        "--tokens-per-step", type=int, metavar="N", help="of all runs in a step at most (default: a batch of each)"
+    )
+    parser.add_argument("--together", type=int, metavar="N", help="runs in memory at a time (default: all)")
+    parser.add_argument("--resume", action="store_true", help="skip what is finished, go on with what is not")
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +148,25 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "petune compare -c TASK --methods A,B,… [options] [any argument of petune fit]"
+    parser.add_argument("--methods", default="", metavar="A,B", help="recipes, classes (peft.IA3Config) or YAML files")
+    parser.add_argument("--seeds", default="0,1,2", metavar="N,N", help="a run of each method with each (0,1,2)")
+    parser.add_argument("--rates", metavar="R,R", help="learning rates; each method takes the best of its first seed")
+    parser.add_argument(
+        "--baseline",
+        action=argparse.BooleanOptionalAction,
+        help="also the frozen model with a trained head (where the task has one of its own)",
+    )
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="train runs of low-rank methods at the same time; a run's own memory and time are not measured then",
+    )
+    parser.add_argument("--output", default="runs/compare", metavar="DIR", help="folder; goes on there (runs/compare)")
+    parser.add_argument("--overwrite", action="store_true", help="make runs of another configuration there anew")
+
+
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=("retrieval", "vision"), default="retrieval")
     parser.add_argument("--method", action="append", help="only this method, may be given again (default: all)")
@@ -133,6 +174,16 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=180.0, metavar="SECONDS", help="training is cut to fit (180)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", metavar="DIR", help="folder for the adapters (default: petune-demo)")
+
+
+def _fit_many(arguments: list[str]) -> int:
+    parser = _Parser(prog=f"petune {_MANY}")
+    _add_fit_many(parser)
+    options, rest = parser.parse_known_args(arguments)
+    _announce_loading()
+    from petune.cli.fit_many import run_fit_many
+
+    return run_fit_many(options, rest)
 
 
 def _methods(_: argparse.Namespace) -> int:
@@ -173,6 +224,13 @@ def _chat(options: argparse.Namespace) -> int:
     from petune.cli.chat import run_chat
 
     return run_chat(options)
+
+
+def _compare(options: argparse.Namespace, rest: list[str]) -> int:
+    _announce_loading()
+    from petune.cli.compare import run_compare
+
+    return run_compare(options, rest)
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -15,8 +15,9 @@ from petune.cli.quiet import quiet
 from petune.load import load_adapter, read_adapter_config
 from petune.run import adapter_folder, read_run
 from petune.tasks.chat_format import ChatFormat, Message, encode_plain
-from petune.tasks.generation import Generation, context_length
+from petune.tasks.generation import Generation
 from petune.tasks.models import load_tokenizer
+from petune.tasks.positions import max_tokens
 
 COMMANDS = {"/reset": "forget what was said", "/quit": "end"}
 
@@ -130,7 +131,7 @@ class Chat:
         """Tokens of as many of the last turns as the model has room for beside an answer."""
         if self.format is None:
             self.turns = self.turns[-1:]
-        ids, limit = self._encode(), context_length(self.model)
+        ids, limit = self._encode(), max_tokens(self.model)
         room = None if limit is None else limit - self.generation.max_new_tokens
         forgotten = 0
         while room is not None and len(ids) > room and len(self.turns) > 1:

@@ -17,6 +17,7 @@ from petune.cli.errors import UsageError
 from petune.cli.train import PetuneCLI
 from petune.fsdp2 import check_shardable, units
 from petune.tasks import AdapterTask
+from petune.tasks.quantization import saved_bytes
 
 Strategy = Literal["ddp", "fsdp2"]
 
@@ -120,10 +121,11 @@ def estimate_task(
         exchange_bytes = _gathered_bytes(task)
     elif strategy == "ddp":
         exchange_bytes = trained_bytes
+    saved = 0 if task.quantization is None else saved_bytes(model, task.quantization)
     return Estimate(
         parameters=sum(parameter.numel() for parameter in parameters),
         trainable=sum(parameter.numel() for parameter in trainable),
-        weight_bytes=_piece_bytes(parameters, pieces) + sum(map(_bytes, task.buffers())),
+        weight_bytes=_piece_bytes(parameters, pieces) - saved + sum(map(_bytes, task.buffers())),
         adapter_bytes=sum(map(_bytes, trainable)),
         gradient_bytes=trained_bytes,
         optimizer_bytes=round(trained_bytes * _state_ratio(task)),

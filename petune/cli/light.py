@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,17 +177,29 @@ def _memory_gib() -> str:
         return "unknown"
 
 
-def print_env() -> None:
-    """Versions and hardware, as a block to paste into a bug report."""
+def _cpu_name() -> str:
+    """What the processor calls itself, else its architecture."""
+    with suppress(OSError):  # Linux alone has the file
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment() -> list[tuple[str, str]]:
+    """Versions, hardware and settings that the numbers of a run depend on."""
     rows = [
         ("python", f"{platform.python_version()} ({platform.python_implementation()})"),
         ("platform", platform.platform()),
-        ("cpu", f"{os.cpu_count()} x {platform.machine()}"),
+        ("cpu", f"{os.cpu_count()} x {_cpu_name()}"),
         ("memory", _memory_gib()),
         ("gpu", _gpus()),
     ]
     rows += [(package, _version(package)) for package in _PACKAGES]
     settings = sorted(name for name in os.environ if name.startswith("PETUNE_") or name == "OMP_NUM_THREADS")
-    rows += [(name, os.environ[name]) for name in settings]
-    rows.append(("executable", sys.executable))
-    _print_table(rows)
+    return rows + [(name, os.environ[name]) for name in settings]
+
+
+def print_env() -> None:
+    """`environment`, as a block to paste into a bug report."""
+    _print_table([*environment(), ("executable", sys.executable)])

@@ -218,7 +218,9 @@ class PetuneCLI(LightningCLI):
             raise KeyboardInterrupt from stop
 
     def before_fit(self) -> None:
-        """Say what is trained and where it goes."""
+        """Say what is trained and where it goes; the first of several processes says it."""
+        if not self.trainer.is_global_zero:
+            return
         print(adapter_line(self.model))
         adapter = self.run_folder / "adapter"
         replaces = " (replaces the adapter there once the new one is whole)" if adapter.exists() else ""

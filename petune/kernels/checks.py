@@ -22,6 +22,18 @@ def projection_fault(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, 
     return placement_fault(x, weight, bias, a, b, cast)
 
 
+def base_fault(x: Tensor, weight: Tensor, bias: Tensor | None, cast: bool) -> str:
+    """What is wrong with x and the base layer alone and what to do, or ""; cast: autocast is on."""
+    if not (
+        x.dim() > 0
+        and weight.dim() == 2
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+    ):
+        return "do not fit; pass [..., in_features], [out_features, in_features] and [out_features]."
+    return placement_fault(x, weight, bias, weight, weight, cast)
+
+
 def placement_fault(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, cast: bool) -> str:
     """What is wrong with the devices of these operands, or the dtypes of the base, or ""; cast: autocast is on."""
     if not (x.device == weight.device == a.device == b.device) or (bias is not None and bias.device != x.device):

@@ -74,12 +74,17 @@ def multiprocessors(device: torch.device) -> int:
 
 @triton.jit
 def keep_tile(seed, threshold, first_token, first_feature, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
-    """The keep mask of `petune.kernels.dropout.philox_lanes`, [BLOCK_T, BLOCK_F]; first_feature is a multiple of 8.
+    """The keep mask of BLOCK_T tokens one after the other, [BLOCK_T, BLOCK_F]; first_feature is a multiple of 8."""
+    return keep_tokens(seed, threshold, first_token + tl.arange(0, BLOCK_T), first_feature, BLOCK_T, BLOCK_F)
+
+
+@triton.jit
+def keep_tokens(seed, threshold, tokens, first_feature, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
+    """The keep mask of `petune.kernels.dropout.philox_lanes` for any tokens, int32 [BLOCK_T], [BLOCK_T, BLOCK_F].
 
     16 bits an element: 14 instructions each, where a Philox call an element would take 59 and bind the kernel.
     """
     groups = first_feature // 8 + tl.arange(0, BLOCK_F // 8)
-    tokens = first_token + tl.arange(0, BLOCK_T)
     w0, w1, w2, w3 = tl.philox(seed, groups[None, :], tokens[:, None], 0, 0, n_rounds=7)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_T, BLOCK_F // 2)
     lanes = tl.join(words & 0xFFFF, words >> 16).reshape(BLOCK_T, BLOCK_F)

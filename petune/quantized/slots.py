@@ -50,7 +50,7 @@ def fill(model: PeftModel, adapter: str, tensors: Mapping[str, Tensor], layout: 
     """
     config: Any = model.peft_config[adapter]
     slots = quantized_weights(model, adapter)
-    others = _others(model, adapter, slots)
+    others = plain_tensors(model, adapter, slots)
     blob, table = packed_names(config)
     different = sorted(tensors.keys() ^ {*others, *((blob, table) if slots else ())})
     if different:
@@ -59,7 +59,7 @@ def fill(model: PeftModel, adapter: str, tensors: Mapping[str, Tensor], layout: 
             f"the model {what} {different[0]}{_and_more(different)}; pass the base that it was trained on."
         )
     for key, path in others.items():
-        _check_shape(key, tensors[key], _tensor(model, path), is_head=_HEAD in path.split("."))
+        check_shape(key, tensors[key].shape, _tensor(model, path).shape, is_head=_HEAD in path.split("."))
     entries = _with_stored_head(slots, tensors[blob]) if slots else []
     parts = decode(entries, tensors[blob], tensors[table]) if slots else []
     if layout not in (None, layout_digest(entries)):
@@ -73,7 +73,7 @@ def fill(model: PeftModel, adapter: str, tensors: Mapping[str, Tensor], layout: 
     config.layout = layout
 
 
-def _others(model: nn.Module, adapter: str, slots: list[tuple[Entry, str]]) -> dict[str, str]:
+def plain_tensors(model: nn.Module, adapter: str, slots: list[tuple[Entry, str]]) -> dict[str, str]:
     """Name in a checkpoint to name in the model, of an adapter's tensors that are stored as they are."""
     packed = {path for _, path in slots}
     names = [name for name in adapter_keys(model) if adapter in name.split(".")]
@@ -102,12 +102,12 @@ def _with_stored_head(slots: list[tuple[Entry, str]], blob: Tensor) -> list[Entr
     return entries
 
 
-def _check_shape(key: str, stored: Tensor, found: Tensor, is_head: bool) -> None:
-    same_width = is_head and stored.dim() == found.dim() and stored.shape[1:] == found.shape[1:]
-    if stored.shape != found.shape and not same_width:
+def check_shape(key: str, stored: torch.Size, found: torch.Size, is_head: bool) -> None:
+    """Raises ValueError where a tensor of a checkpoint does not fit the model's; a head's may have other rows."""
+    if stored != found and not (is_head and len(stored) == len(found) and stored[1:] == found[1:]):
         raise ValueError(
-            f"{key} is stored with the shape {list(stored.shape)}, and the model's has {list(found.shape)}; pass the "
-            "base that it was trained on."
+            f"{key} is stored with the shape {list(stored)}, and the model's has {list(found)}; pass the base that it "
+            "was trained on."
         )
 
 

@@ -177,6 +177,29 @@ class TaskStore:
         slices = [(key.partition("/")[2], self._file.get_slice(key)) for key in self._stored(name).keys]
         return sum_up((key, prod(part.get_shape()) * _WIDTHS[part.get_dtype()]) for key, part in slices)
 
+    def labels(self, name: str) -> dict[str, str]:
+        """Names of a task's labels by index, as JSON has it; {} where they are not known.
+
+        Raises:
+            ValueError: no such task.
+        """
+        return dict(self._stored(name).labels)
+
+    def read(self, name: str) -> Task:
+        """A task as it was written; its tensors are views of the mapped file.
+
+        Raises:
+            ValueError: no such task, or a damaged one.
+        """
+        stored = self._stored(name)
+        tensors = {f"{ROOT}{key.partition('/')[2]}": self._file.get_tensor(key) for key in stored.keys}
+        task = Task(stored.config, stored.base, stored.labels, tensors)
+        if task_digest(task) != stored.digest:
+            raise ValueError(
+                f"{self._where(name)} is damaged: it is not what was written; copy or write the file again."
+            )
+        return task
+
     def attach(self, base: nn.Module, name: str | None = None) -> PeftModel:
         """Put a task on a base model: packed weights, no latents; in eval mode, and frozen.
 
@@ -189,7 +212,7 @@ class TaskStore:
             ValueError: no such task, another base, or a damaged file. The model is left as it was.
         """
         name = self.names[0] if name is None else name
-        task = self._read(name)
+        task = self.read(name)
         if any(isinstance(module, BaseTunerLayer | PeftModel) for module in base.modules()):
             raise TypeError(f"{type(base).__name__} already carries an adapter; pass the base model, or use switch().")
         found, labels = base_fingerprint(base), labels_of(base)
@@ -225,7 +248,7 @@ class TaskStore:
             raise TypeError(
                 f"{type(model).__name__} was not made by TaskStore.attach, and only such a model is switched."
             )
-        task = self._read(name)
+        task = self.read(name)
         compare_fingerprints(task.base, attached.base, where=self._where(name))
         adapter, config = active_adapter(model), _config(task)
         if _of_the_layers(config) == _of_the_layers(peft_config(model)):
@@ -281,16 +304,6 @@ class TaskStore:
                 f"{self.path} has no task {name!r} among its {len(self.names)}; the closest is {near[0]!r}."
             )
         return self._tasks[name]
-
-    def _read(self, name: str) -> Task:
-        stored = self._stored(name)
-        tensors = {f"{ROOT}{key.partition('/')[2]}": self._file.get_tensor(key) for key in stored.keys}
-        task = Task(stored.config, stored.base, stored.labels, tensors)
-        if task_digest(task) != stored.digest:
-            raise ValueError(
-                f"{self._where(name)} is damaged: it is not what was written; copy or write the file again."
-            )
-        return task
 
     def _where(self, name: str) -> str:
         return f"{self.path}: the task {name!r}"

@@ -249,8 +249,9 @@ def test_a_mixed_batch_that_cannot_work_is_refused(case):
         output(model, {**batch, "adapter_names": ["default", "nobody"]})
     with pytest.raises(ValueError, match=r"adapter_names|Length"):
         output(model, {**batch, "adapter_names": ["default"]})
-    with pytest.raises(ValueError, match="training mode"):
-        output(model.train(), {**batch, "adapter_names": ["default", "default"]})
+    if not any(hasattr(module, "operands") for module in model.modules()):  # those train: test_mixed_batches.py
+        with pytest.raises(ValueError, match="training mode"):
+            output(model.train(), {**batch, "adapter_names": ["default", "default"]})
     if case.merges:
         model.eval().merge_adapter()
         with pytest.raises(ValueError, match="merged"):

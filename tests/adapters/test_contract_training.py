@@ -1,6 +1,5 @@
 """The contract in training: every trainer, precision, memory saver and wrapper leaves an adapter an adapter."""
 
-import copy
 import os
 import subprocess
 import sys
@@ -10,13 +9,8 @@ import lightning as L
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
 
 from tests.adapters.cases import BY_NAME, Case, cases, cases_and_families
 from tests.adapters.harness import (
@@ -148,7 +142,7 @@ def test_a_compiled_model_computes_trains_and_saves_the_same(case, family, tmp_p
 
 
 DDP = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 import tests.adapters.cases
 from datetime import timedelta
 from tests.adapters.cases import BY_NAME
@@ -165,7 +159,10 @@ batch = {key: value[2 * rank : 2 * rank + 2] for key, value in inputs("bert", ba
 ddp(**batch).loss.backward()
 if rank == 0:
     torch.save({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, out)
+dist.barrier()
 dist.destroy_process_group()
+sys.stderr.flush()
+os._exit(0)  # the interpreter's own exit now and then aborts in gloo's threads (torch 2.13)
 """
 
 
@@ -193,81 +190,6 @@ def test_ddp_on_two_processes_averages_the_gradients_of_the_adapter(name, tmp_pa
 
 
 # -------------------------------------------------------------------------------------------------------- trainers
-
-
-def _trainer(model: torch.nn.Module, folder: Path, steps: int) -> Trainer:
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=2,
-        save_steps=2,
-        logging_steps=1,
-        learning_rate=5e-3,
-        lr_scheduler_type="constant",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=3,
-    )
-    return Trainer(model=model, args=arguments, train_dataset=rows())
-
-
-@cases()
-def test_the_hugging_face_trainer_trains_saves_and_resumes(case, tmp_path):
-    whole = fresh(case, **case.resumable)
-    _trainer(whole, tmp_path / "whole", 4).train()
-    part = fresh(case, **case.resumable)
-    before = base_tensors(part)
-    _trainer(part, tmp_path / "part", 2).train()
-    assert_same_tensors(base_tensors(part), before)
-    checkpoint = get_last_checkpoint(str(tmp_path / "part"))
-    assert not (Path(checkpoint) / "model.safetensors").exists()  # the adapter alone
-    resumed = fresh(case, **case.resumable)
-    _trainer(resumed, tmp_path / "part", 4).train(resume_from_checkpoint=checkpoint)
-    final, expected = adapter_of(resumed), adapter_of(whole)
-    assert max(relative_error(final[name], expected[name]) for name in expected) <= TOLERANCE[torch.float32]
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *"abcdefghij"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
-    )
-
-
-@cases(default_targets=True)
-def test_trls_sft_trainer_puts_the_adapter_in_and_trains_it(case, tmp_path):
-    arguments = SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=2,
-        max_length=16,
-        learning_rate=5e-3,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-    )
-    data = Dataset.from_dict({"text": ["a b c d e", "b c d", "e f g h", "a i j"]})
-    base = build("llama", "lm")
-    before = copy.deepcopy(base.state_dict())
-    trainer = SFTTrainer(
-        model=base,
-        args=arguments,
-        train_dataset=data,
-        peft_config=case.config(task_type="CAUSAL_LM"),
-        processing_class=_tokenizer(),
-    )
-    start = adapter_of(trainer.model)
-    trainer.train()
-    assert any(not torch.equal(p, start[name]) for name, p in adapter_of(trainer.model).items())
-    assert_same_tensors(base_tensors(trainer.model), before)
-    trainer.save_model(str(tmp_path / "adapter"))
-    loaded = PeftModel.from_pretrained(build("llama", "lm"), tmp_path / "adapter").eval()
-    batch = inputs("llama", "lm")
-    assert torch.equal(output(loaded, batch), output(trainer.model.eval(), batch))
 
 
 @cases()

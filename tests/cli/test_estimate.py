@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from petune.adapters.pat import PatConfig
 from petune.cli import main
 from petune.cli.estimate import estimate_task
 from petune.fsdp2 import check_shardable
@@ -56,6 +57,18 @@ def test_no_weights_and_no_data_are_needed(tiny_bert, tmp_path, capsys):
     assert shown.startswith("adapter: FusedLoraConfig(r=4, ")
     assert "saved for backward (2 x 16 tokens)" in shown
     assert "not counted" not in shown
+
+
+def test_a_method_that_prunes_is_estimated_without_weights(tiny_bert, tmp_path, capsys):
+    (tmp_path / "config.json").write_text((tiny_bert / "config.json").read_text())
+    assert main(["estimate", "-c", "text_classification", "-c", "pat", f"--model.model={tmp_path}"]) == 0
+    assert capsys.readouterr().out.startswith("adapter: PatConfig(")
+    adapter = PatConfig(r=20, round_to=8)
+    estimate = estimate_task(TextClassification(str(tmp_path), adapter=adapter), batch_size=4, tokens=16)
+    task = TextClassification(str(tiny_bert), adapter=PatConfig(r=20, round_to=8))
+    task.build()
+    assert estimate.parameters == sum(parameter.numel() for parameter in task.parameters())
+    assert estimate.trainable == sum(p.numel() for p in task.parameters() if p.requires_grad)
 
 
 def test_a_wrong_option_is_named(tiny_bert, capsys):

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from petune.kernels.grouped_lora import PackedFactors, RowGroups, grouped_lora, grouped_packed_lora
 from petune.kernels.lora_linear import lora_linear
 from petune.kernels.packed_lora import packed_lora, unpacked
 from petune.kernels.residual_low_rank import residual_low_rank
 from tests.conftest import relative_error
+from tests.kernels.grouped import batch, gradients, in_double, loop, tokens_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -194,3 +196,107 @@ def test_autocast_gives_fp32_adapters_fp32_gradients_without_a_copy_of_x():
     assert [t.dtype for t in outputs] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
     for out, reference in zip(outputs, double_step((x, weight, bias, a, b)), strict=True):
         assert relative_error(out, reference) <= 4e-3
+
+
+# --- rows of many adapters -----------------------------------------------------------------------------------------
+
+RANKS = (4, 8, 16, 16, 32, 64, 5, 1)
+SCALES = (0.5, 2.0, 1.5, -1.0, 0.75, 1.0, 2.0, 1.0)
+
+
+def rows_of(*, rows: int, seed: int = 0) -> Tensor:
+    """Ids of rows, the base alone among them, and one adapter that has none."""
+    torch.manual_seed(seed)
+    ids = torch.randint(-1, 7, (rows,), device="cuda")
+    ids[0], ids[-1] = -1, 7
+    return torch.where(ids == 3, 2, ids)
+
+
+def grouped_operands(rows: int = 32, tokens: int = 65, dtype=torch.bfloat16):
+    sizes = {"in_features": 1024, "out_features": 768, "ranks": RANKS}
+    return batch(rows, tokens, dtype=dtype, device=torch.device("cuda"), **sizes)
+
+
+def grouped_step(tensors, groups: RowGroups, **dropout) -> list[Tensor]:
+    return gradients(grouped_lora(*tensors, SCALES, groups, **dropout), tensors)
+
+
+def grouped_double_step(tensors, ids: Tensor) -> list[Tensor]:
+    wide = in_double(tensors)
+    return gradients(loop(wide, ids.tolist(), scales=SCALES), wide)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(32, 65), (512, 1), (3, 4097), (4, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_rows_of_many_adapters_match_float64(dtype, rows, tokens):
+    tensors, ids = grouped_operands(rows, tokens, dtype), rows_of(rows=rows)
+    limit = {torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float32: 1e-5}[dtype]  # s, ds, y and dx are rounded
+    found = grouped_step(tensors, RowGroups.of(ids, 8))
+    for out, again, reference in zip(
+        found, grouped_step(tensors, RowGroups.of(ids, 8)), grouped_double_step(tensors, ids), strict=True
+    ):
+        assert torch.equal(out, again)
+        assert relative_error(out, reference) <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_of_many_packed_adapters_match_float64(dtype):
+    x, weight, bias, *_ = (t.detach() if isinstance(t, Tensor) else t for t in grouped_operands(dtype=dtype))
+    ids, factors = rows_of(rows=32), []
+    reference = torch.nn.functional.linear(x.double(), weight.double(), bias.double()).view(-1, 768)
+    for i, (rank, scale) in enumerate(zip(RANKS, SCALES, strict=True)):
+        bits, own, dense, columns = (1, 2, 4, 8)[i % 4], tokens_of(i, ids.tolist(), 32 * 65), [], []
+        for shape in ((rank, 1024), (768, rank)):
+            codes = torch.randint(0, 256, (-(-shape[0] * shape[1] * bits // 8),), dtype=torch.uint8, device="cuda")
+            levels = torch.randn(shape[0], 2**bits, device="cuda") * shape[1] ** -0.5
+            columns += [codes, levels]
+            dense.append(unpacked(codes, levels, shape, bits).double())
+        factors.append(PackedFactors(*columns, rank, bits, scale))
+        reference[own] += scale * (x.view(-1, 1024)[own].double() @ dense[0].T) @ dense[1].T
+    y = grouped_packed_lora(x, weight, bias, factors, RowGroups.of(ids, 8)).view(-1, 768)
+    assert relative_error(y, reference) <= {torch.bfloat16: 6e-3, torch.float32: 1e-5}[dtype]
+
+
+def test_rows_keep_their_order_within_an_adapter():
+    order, offsets = RowGroups.of(rows_of(rows=5000), 8).sorted_on(torch.device("cuda", torch.cuda.current_device()))
+    for first, stop in zip(offsets.tolist(), offsets.tolist()[1:], strict=False):
+        assert torch.equal(order[first:stop], order[first:stop].sort().values)
+
+
+def test_rows_of_many_adapters_are_grouped_without_waiting_for_the_device():
+    tensors, ids = grouped_operands(), rows_of(rows=32)
+    step = {"dropout_p": 0.1}
+    grouped_step(tensors, RowGroups.of(ids, 8), **step)  # compiles, and copies what stays the same
+    dy = torch.ones(32, 65, 768, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = grouped_lora(*tensors, SCALES, RowGroups.of(ids, 8), **step)
+        torch.autograd.grad(y, tensors.trained, dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["made in the graph", "made before"])
+def test_a_captured_step_follows_ids_that_were_rewritten(outside):
+    tensors, ids = grouped_operands(), rows_of(rows=32)
+    dy = torch.linspace(-1, 1, 32 * 65 * 768, device="cuda").bfloat16().view(32, 65, 768)
+    before = RowGroups.of(ids, 8)
+
+    def step() -> list[Tensor]:
+        return gradients(grouped_lora(*tensors, SCALES, before if outside else RowGroups.of(ids, 8)), tensors, dy)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        ids.copy_(rows_of(rows=32, seed=seed))
+        graph.replay()
+        for out, reference in zip(captured, grouped_double_step(tensors, ids), strict=True):
+            assert relative_error(out, reference) <= 6e-3

@@ -19,6 +19,9 @@ KERNEL, SKINNY, SUMS, GEMM = LINEAR
 PACKED = "packed_lora/kernel.py"
 EXPERTS = "expert_linear/kernel.py"
 RESIDUAL = "residual_low_rank/kernel.py"
+LAYOUT, GROUPED, GROUPED_KERNEL, GROUPED_PACKED = (
+    f"grouped_lora/{name}.py" for name in ("layout", "skinny", "kernel", "packed_skinny")
+)
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("PETUNE_TEST_DEVICE") == "cuda", reason="what the tests notice is the same on a CPU"
@@ -63,6 +66,14 @@ OWN = "residual_low_rank test_tensors_of_different_strides"
 FILLED = "residual_low_rank test_outputs_are_written_whole"
 BACK = "residual_low_rank test_output_and_every_gradient and float32-same"
 GATE = "gated_lora test_output_and_gradients_match_float64 and float32 and silu"
+ADAPTERS = "grouped_lora test_the_update_and_every_gradient and float32-same-dropout"
+SEGMENTS = "grouped_lora test_tiles_need_not_fit and edges-small-many"
+TIGHT = "grouped_lora test_tiles_need_not_fit and tight-small-one"
+PAST = "grouped_lora test_rows_past_the_last_adapter"
+INDEX = "grouped_lora test_a_token_index_overrides"
+HELD = "grouped_lora test_any_strides_are_read_in_place and odd"
+CODES = "grouped_lora test_the_packed_update and float32 and 8"
+PACKED_TILES = "grouped_lora test_packed_tiles and edges-many_chunks-small"
 GROUP = "lora_group test_outputs_and_gradients_match_float64 and float32 and same"
 
 MUTATIONS = [
@@ -181,6 +192,123 @@ MUTATIONS = [
         "outer(h, ds, dtype=a.dtype, mask=mask)",
         "outer(h, ds, dtype=a.dtype)",
         GATE,
+    ),
+    # tokens of many adapters
+    Mutation("no mask in s, grouped", GROUPED, "x = tl.where(keep, x, 0.0)", "x = tl.where(keep, x, x)", ADAPTERS),
+    Mutation("no mask in dA, grouped", GROUPED, "tl.where(tl.trans(keep), x, 0.0)", "x", ADAPTERS),
+    Mutation("no mask in dx, grouped", GROUPED, "y = tl.where(keep, y, 0.0)", "y = tl.where(keep, y, y)", ADAPTERS),
+    Mutation("one seed for all adapters", GROUPED, "tl.load(seeds_ptr + adapter)", "tl.load(seeds_ptr)", ADAPTERS),
+    Mutation(
+        "one threshold for all adapters",
+        GROUPED,
+        "tl.load(thresholds_ptr + adapter)",
+        "tl.load(thresholds_ptr)",
+        ADAPTERS,
+    ),
+    Mutation("masks counted from the first adapter", GROUPED, "own = p - begin", "own = p", ADAPTERS),
+    Mutation("a token index not read", GROUPED, "if index_ptr is not None:", "if index_ptr is None:", INDEX),
+    Mutation("no scale in grouped ds", GROUPED, "    s *= tl.load(scales_ptr + adapter)", "    s *= 1.0", SEGMENTS),
+    Mutation("no scale in grouped y", GROUPED, "    y *= tl.load(scales_ptr + adapter)", "    y *= 1.0", SEGMENTS),
+    Mutation(
+        "no scale in grouped dB", GROUPED, "    scale = tl.load(scales_ptr + adapter)", "    scale = 1.0", SEGMENTS
+    ),
+    Mutation("1/q forgotten", GROUPED_KERNEL, "tuple(scale / q for scale, q", "tuple(scale for scale, q", ADAPTERS),
+    Mutation(
+        "the first adapter's ranks for all",
+        GROUPED,
+        "(start + r) * stride_ar + f[:, None]",
+        "r * stride_ar + f[:, None]",
+        SEGMENTS,
+    ),
+    Mutation("the next adapter at a segment's edge", LAYOUT, "axis=0) <= tile)", "axis=0) < tile)", SEGMENTS),
+    Mutation(
+        "tiles counted from the first adapter",
+        LAYOUT,
+        "tl.where(n < adapter, tiles, 0)",
+        "tl.where(n < 0, tiles, 0)",
+        SEGMENTS,
+    ),
+    Mutation(
+        "half-full tiles left out, grouped",
+        LAYOUT,
+        "* per_row + BLOCK_T - 1) // BLOCK_T",
+        "* per_row) // BLOCK_T",
+        SEGMENTS,
+    ),
+    Mutation(
+        "one tile too few, grouped", LAYOUT, "tokens // block + self.most", "tokens // block + self.most - 1", TIGHT
+    ),
+    Mutation(
+        "tokens in their own order",
+        LAYOUT,
+        "tl.load(order_ptr + p // per_row, mask=p < stop, other=0) * per_row",
+        "p // per_row * per_row",
+        ADAPTERS,
+    ),
+    Mutation(
+        "programs without an adapter go on, shrink",
+        GROUPED,
+        """        return
+    begin, stop = places_of(offsets_ptr, adapter, per_row)
+    start = tl.load(starts_ptr + adapter)
+    rank = (tl.load(starts_ptr + adapter + 1) - start).to(tl.int32)
+    p = begin + tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    t = tokens_at(order_ptr, p, stop, per_row)
+    r = """,
+        """        start = 0
+    begin, stop = places_of(offsets_ptr, adapter, per_row)
+    start = tl.load(starts_ptr + adapter)
+    rank = (tl.load(starts_ptr + adapter + 1) - start).to(tl.int32)
+    p = begin + tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    t = tokens_at(order_ptr, p, stop, per_row)
+    r = """,
+        PAST,
+    ),
+    Mutation(
+        "programs without an adapter go on, expand",
+        GROUPED,
+        "        return\n    first_feature =",
+        "        start = 0\n    first_feature =",
+        PAST,
+    ),
+    Mutation(
+        "the first block of a chunk left out",
+        GROUPED,
+        "+ chunk * per_chunk",
+        "+ chunk * per_chunk + BLOCK_T",
+        SEGMENTS,
+    ),
+    Mutation(
+        "the adapter before at a segment's edge",
+        LAYOUT,
+        "return start.to(tl.int32) * per_row",
+        "return (start.to(tl.int32) - 1) * per_row",
+        SEGMENTS,
+    ),
+    Mutation(
+        "x read past its edge, grouped",
+        GROUPED,
+        "(p < stop)[:, None] & (f[None, :] < features)",
+        "(p < stop)[:, None] & (f[None, :] >= 0)",
+        HELD,
+    ),
+    Mutation(
+        "codes of the first adapter for all",
+        GROUPED_PACKED,
+        "first_byte = tl.load(facts_ptr + 2 * adapters + adapter)",
+        "first_byte = tl.load(facts_ptr + 2 * adapters)",
+        CODES,
+    ),
+    Mutation(
+        "levels of the first adapter for all",
+        GROUPED_PACKED,
+        "first_level = tl.load(facts_ptr + 3 * adapters + adapter)",
+        "first_level = tl.load(facts_ptr + 3 * adapters)",
+        CODES,
+    ),
+    Mutation("codes of another width read", GROUPED_PACKED, "if width != BITS:", "if width < 0:", CODES),
+    Mutation(
+        "no scale, grouped and packed", GROUPED_PACKED, "y *= tl.load(scales_ptr + adapter)", "y *= 1.0", PACKED_TILES
     ),
     # codes of a few bits
     Mutation("rows taken to begin at a byte", PACKED, "begun = (first_bit % 8)", "begun = (first_bit * 0)", UPDATE),

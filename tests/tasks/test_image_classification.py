@@ -207,7 +207,9 @@ def test_a_label_that_the_model_has_no_output_for_is_refused(tmp_path, digits, w
     batch = next(iter(digits.train_dataloader()))
     batch["labels"][2] = wrong
     loader = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=rf"labels hold {wrong} and ImageClassification has 3 classes from 0 on"):
+    with pytest.raises(
+        ValueError, match=rf"labels hold {wrong} and ImageClassification has 3 classes from 0 on, first in row"
+    ):
         tiny.trainer(tmp_path).fit(task_for(), loader)
 
 

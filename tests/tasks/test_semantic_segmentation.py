@@ -371,5 +371,7 @@ def test_a_class_that_the_model_does_not_have_is_refused():
     task.build()
     batch = next(iter(shapes()))
     batch["labels"][0, 0, 0] = 3
-    with pytest.raises(ValueError, match="labels hold class 3 and the model has 3 classes, counted from 0; correct"):
+    with pytest.raises(
+        ValueError, match="labels hold 3 and SemanticSegmentation has 3 classes from 0 on, first in row"
+    ):
         task.training_step(batch, 0)

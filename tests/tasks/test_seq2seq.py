@@ -185,7 +185,7 @@ def test_the_task_describes_itself_so_that_it_can_be_made_again():
 def test_more_tokens_than_the_model_has_positions_for_are_refused(tmp_path, name):
     task = Seq2Seq(model("bart", max_position_embeddings=6), tokenizer=tiny.tokenizer())
     lengths = {"max_source_length": 6, "max_target_length": 6, name: 7}
-    with pytest.raises(ValueError, match=rf"{name}=7 is more than the 6 tokens that the model has positions for"):
+    with pytest.raises(ValueError, match=rf"{name}=7 is more than the 6 tokens that BartForConditionalGeneration has"):
         tiny.trainer(tmp_path).fit(task, datamodule=data(**lengths))
 
 

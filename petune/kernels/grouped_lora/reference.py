@@ -1,0 +1,189 @@
+"""The specification of both operators in plain torch, which is also what runs on a CPU.
+
+Rows of one adapter that lie beside each other are a view; only where an adapter's rows are scattered the batch is
+gathered, once. No product ever has tokens of two adapters: 0 · NaN is NaN, and one adapter's must not reach another.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from petune.kernels.autograd import in_shape_of
+from petune.kernels.dropout import keep_mask, mask_of
+from petune.kernels.packed_lora import unpacked
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float],
+    order: Tensor, offsets: Tensor, dropout_p: Sequence[float], seeds: Tensor | None, token_index: Tensor | None,
+    dtype: torch.dtype, keeps_s: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y = x Wᵀ + bias + scale_l/q_l · s B_lᵀ,  s = (x ⊙ m_l) A_lᵀ  for the tokens of adapter l; both in `dtype`.
+
+    m_l is the keep mask, q_l its mean. s is [tokens, largest rank], its rows in the order of the adapters, or
+    [tokens, 0] where it is not kept.
+    """
+    layout = _Layout.of(order, offsets, x)
+    rows = layout.gathered(x.to(dtype))
+    y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+    s = rows.new_zeros(len(rows), max(t.shape[0] for t in a) if keeps_s else 0)
+    masks = _Masks(dropout_p, seeds, token_index, layout)
+    for part in layout.parts:
+        own, scale = rows[part.tokens], scales[part.adapter]
+        if (mask := masks.of(part, own)) is not None:
+            own, scale = mask.mul_(own), scale / masks.mean(part)
+        down = own @ a[part.adapter].to(dtype).T
+        if keeps_s:
+            s[part.places, : down.shape[1]] = down
+        y[part.tokens].addmm_(down, b[part.adapter].to(dtype).T, alpha=scale)
+    return in_shape_of(x, layout.put_back(y)), s
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, s: Tensor | None, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor],
+    scales: Sequence[float], order: Tensor, offsets: Tensor, dropout_p: Sequence[float], seeds: Tensor | None,
+    token_index: Tensor | None, needs_dx: bool, needs_a: Sequence[bool], needs_b: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """ds = scale_l/q_l · dy B_l,  dx = dy W + m_l ⊙ (ds A_l),  dA_l = dsᵀ (x ⊙ m_l),  dB_l = scale_l/q_l · dyᵀ s.
+
+    dA is [Σ rank, in_features], one below the other; dB is flat, one [out_features, rank_l] after the other; zero
+    where an adapter has no tokens. What no flag asks for is empty. dA takes x, dB takes s. The adapters' own products
+    run in their dtype: fp32 adapters on a bf16 base get fp32 gradients, not rounded sums.
+    """
+    layout = _Layout.of(order, offsets, dy)
+    rows, x_rows = layout.gathered(dy), None if x is None else layout.gathered(x)
+    dx = rows @ weight.to(rows.dtype) if needs_dx else rows.new_empty(0)
+    (out_features, in_features), ranks = weight.shape, [t.shape[0] for t in a]
+    da = torch.zeros(sum(ranks) if any(needs_a) else 0, in_features, dtype=widest(a), device=dy.device)
+    db = torch.zeros(out_features * sum(ranks) if any(needs_b) else 0, dtype=widest(b), device=dy.device)
+    starts = [0, *accumulate(ranks)]
+    masks = _Masks(dropout_p, seeds, token_index, layout)
+    for part in layout.parts:
+        i, begin, end = part.adapter, starts[part.adapter], starts[part.adapter + 1]
+        dtype = torch.promote_types(rows.dtype, a[i].dtype)
+        own, scale = rows[part.tokens].to(dtype), scales[i] / masks.mean(part)
+        if needs_b[i]:
+            assert s is not None
+            # the long axis of a skinny product goes last: MKL takes a tenth of the time for (sᵀ dy)ᵀ of that for dyᵀ s
+            product = (s[part.places, : ranks[i]].to(dtype).T @ own).mul_(scale)
+            db[out_features * begin : out_features * end].view(out_features, -1).copy_(product.T)
+        if needs_a[i] or needs_dx:
+            ds = (b[i].to(dtype).T @ own.T).mul_(scale)  # [rank, tokens]
+            mask = masks.of(part, own, in_features)
+            if needs_a[i]:
+                assert x_rows is not None
+                dropped = x_rows[part.tokens].to(dtype)
+                da[begin:end] = ds @ (dropped if mask is None else mask * dropped)
+            if needs_dx:
+                _add_low_rank(dx[part.tokens], ds.T, a[i], mask)
+    return layout.put_back(dx).view(*dy.shape[:-1], in_features) if needs_dx else dx, da, db
+
+
+def packed_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a_bits: Sequence[Tensor], a_levels: Sequence[Tensor],
+    b_bits: Sequence[Tensor], b_levels: Sequence[Tensor], ranks: Sequence[int], bits: Sequence[int],
+    scales: Sequence[float], order: Tensor, offsets: Tensor, dtype: torch.dtype,
+) -> tuple[Tensor]:  # fmt: skip
+    """y = x Wᵀ + bias + scale_l · (x Â_lᵀ) B̂_lᵀ in `dtype`; the factors of an adapter without tokens stay packed."""
+    layout = _Layout.of(order, offsets, x)
+    rows = layout.gathered(x.to(dtype))
+    y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+    for i, tokens, _ in layout.parts:
+        a = unpacked(a_bits[i], a_levels[i], (ranks[i], weight.shape[1]), bits[i]).to(dtype)
+        b = unpacked(b_bits[i], b_levels[i], (weight.shape[0], ranks[i]), bits[i]).to(dtype)
+        y[tokens].addmm_(rows[tokens] @ a.T, b.T, alpha=scales[i])
+    return (in_shape_of(x, layout.put_back(y)),)
+
+
+def widest(factors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that holds the gradients of all of them."""
+    dtype = factors[0].dtype
+    for factor in factors[1:]:
+        dtype = torch.promote_types(dtype, factor.dtype)
+    return dtype
+
+
+def _add_low_rank(dx: Tensor, ds: Tensor, a: Tensor, mask: Tensor | None) -> None:
+    """dx += m ⊙ (ds A); the mask is used up."""
+    ds, a = ds.to(dx.dtype), a.to(dx.dtype)
+    if mask is None:
+        dx.addmm_(ds, a)
+    else:
+        dx += mask.to(dx.dtype).mul_(ds @ a)
+
+
+class _Part(NamedTuple):
+    """The tokens of one adapter that has some."""
+
+    adapter: int
+    tokens: slice
+    """Where they lie in x, or in its gathered copy."""
+    places: slice
+    """Where they lie in the order of the adapters."""
+
+
+class _Layout(NamedTuple):
+    """Where the tokens of every adapter lie."""
+
+    parts: list[_Part]
+    gather: Tensor | None
+    """The tokens in the order of the adapters, int64; None where views do."""
+
+    @classmethod
+    def of(cls, order: Tensor, offsets: Tensor, x: Tensor) -> "_Layout":
+        per_row = x.numel() // (x.shape[-1] * len(order)) if x.numel() else 0
+        rows, bounds = order.tolist(), offsets.tolist()
+        runs = [(i, first, stop) for i, (first, stop) in enumerate(pairwise(bounds)) if first < stop and per_row]
+        # rows of one adapter are in ascending order
+        beside = all(rows[stop - 1] - rows[first] == stop - 1 - first for _, first, stop in runs)
+        parts: list[_Part] = []
+        for i, first, stop in runs:
+            places = slice(first * per_row, stop * per_row)
+            tokens = slice(rows[first] * per_row, (rows[stop - 1] + 1) * per_row) if beside else places
+            parts.append(_Part(i, tokens, places))
+        if beside:
+            return cls(parts, None)
+        return cls(parts, (order.unsqueeze(1) * per_row + torch.arange(per_row, device=order.device)).flatten())
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """The tokens of x, [tokens, features], where `tokens` of the parts says."""
+        rows = x.reshape(-1, x.shape[-1])
+        return rows if self.gather is None else rows.index_select(0, self.gather)
+
+    def put_back(self, rows: Tensor) -> Tensor:
+        """The inverse of `gathered`."""
+        return rows if self.gather is None else torch.empty_like(rows).index_copy_(0, self.gather, rows)
+
+
+class _Masks:
+    """The masks of the adapters' tokens, as `lora_linear` would make each for its tokens alone."""
+
+    def __init__(
+        self, dropout_p: Sequence[float], seeds: Tensor | None, token_index: Tensor | None, layout: _Layout
+    ) -> None:
+        self._masks = [
+            mask_of(p, seeds[i : i + 1]) if p and seeds is not None else None for i, p in enumerate(dropout_p)
+        ]
+        if token_index is not None and layout.gather is not None:
+            token_index = token_index.index_select(0, layout.gather)
+        self._token_index = token_index
+
+    def mean(self, part: _Part) -> float:
+        """q_l, 1 where nothing is dropped."""
+        mask = self._masks[part.adapter]
+        return mask.keep_probability if mask else 1.0
+
+    def of(self, part: _Part, rows: Tensor, features: int | None = None) -> Tensor | None:
+        """m_l, [tokens, features], dtype of rows, the tokens of the part; None where nothing is dropped."""
+        mask = self._masks[part.adapter]
+        if mask is None:
+            return None
+        width = rows.shape[1] if features is None else features
+        if self._token_index is None:
+            return keep_mask(len(rows), width, mask, rows.dtype)
+        index = self._token_index[part.tokens].long()
+        return keep_mask(int(index.max()) + 1, width, mask, rows.dtype).index_select(0, index)

@@ -1,0 +1,98 @@
+"""Dropout of a joint batch: each run's rows drop what they drop alone."""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from petune.many.calls import Span, part_of
+
+
+class DropoutByRun(TorchFunctionMode):
+    """Inside, `F.dropout`, and so `nn.Dropout`, and the dropout of attention draw for each run by itself
+
+    Rows of a run are taken out of the joint tensor in the shape that they have alone, without the padding that only
+    its neighbours need, and its own random generators draw for them: on a CPU, bit for bit what they draw alone.
+    Tensors that are not made of the rows of the batch are left as they are.
+
+    Args:
+        parts: (run, span) of the joint call, in the order of their rows.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Any, Span]]) -> None:
+        super().__init__()
+        self.parts = parts
+        self._passes = False
+
+    @contextmanager
+    def passing(self) -> Generator[None]:
+        """Inside, nothing is taken apart: the rows of one run alone are computed, under its own generators."""
+        self._passes = True
+        try:
+            yield
+        finally:
+            self._passes = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if not self._passes:
+            if func is F.dropout:
+                return self._dropout(*args, **kwargs)
+            if func is F.scaled_dot_product_attention:
+                return self._attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        rows = self.parts[-1][1].stop
+        if not training or p == 0.0 or not input.dim() or len(input) % rows:
+            return F.dropout(input, p, training, inplace)
+        each = len(input) // rows
+        pieces: list[Tensor] = []
+        for run, span in self.parts:
+            whole = input[each * span.start : each * span.stop]
+            own = part_of(whole, span).contiguous()
+            with run.draws():
+                pieces.append(_padded_like(F.dropout(own, p), whole))
+        return torch.cat(pieces)
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        rows = self.parts[-1][1].stop
+        attention: Callable[..., Tensor] = F.scaled_dot_product_attention
+        if dropout_p == 0.0 or len(query) != rows:
+            return attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+        pieces: list[Tensor] = []
+        for run, span in self.parts:
+            whole = query[span.start : span.stop]
+            # heads are the second axis here, and the sequence the third
+            own = [_cut(tensor[span.start : span.stop], span, 2) for tensor in (query, key, value)]
+            mask = attn_mask
+            if mask is not None:
+                mask = mask[span.start : span.stop] if len(mask) == rows else mask
+                mask = _cut(_cut(mask, span, mask.dim() - 1), span, mask.dim() - 2)
+            with run.draws():
+                pieces.append(_padded_like(attention(*own, mask, dropout_p, is_causal, **kwargs), whole))
+        return torch.cat(pieces)
+
+
+def _cut(tensor: Tensor, span: Span, axis: int) -> Tensor:
+    if span.length == span.padded or tensor.shape[axis] != span.padded:
+        return tensor
+    return tensor.narrow(axis, 0, span.length)
+
+
+def _padded_like(tensor: Tensor, whole: Tensor) -> Tensor:
+    """`tensor` with zeros behind it on every axis that is shorter than in `whole`; the last axis may differ."""
+    missing = [large - small for large, small in zip(whole.shape[1:-1], tensor.shape[1:-1], strict=True)]
+    last = whole.shape[-1] - tensor.shape[-1] if any(missing) and whole.shape[-1] == whole.shape[-2] else 0
+    if not any(missing) and not last:
+        return tensor
+    return F.pad(tensor, [side for amount in (last, *reversed(missing)) for side in (0, amount)])

@@ -1,0 +1,172 @@
+"""Rounds of joint training steps: which runs take part, the joint forward, and the joint backward."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from petune.many.backbone import JointBackbone, Part, Plan
+from petune.many.calls import Call, JointOutput, forward_of, kind_of, merge, read_call
+from petune.many.crew import Member
+
+
+class Forward(NamedTuple):
+    """A member asks for the output of its backbone."""
+
+    call: Call
+
+
+class Backward(NamedTuple):
+    """A member has propagated its loss to the backbone's output."""
+
+
+@dataclass(eq=False)
+class Trainee:
+    """A member in training."""
+
+    member: Member
+    request: Forward | Backward | None = None
+    """What it waits for; None when it has ended."""
+    steps: int = 0
+    """Rounds that it took part in."""
+    outputs: list[tuple[JointOutput, Plan, int]] = field(default_factory=lambda: list[tuple[JointOutput, Plan, int]]())
+    """Joint outputs of this round that it has a part of, and which part."""
+
+    @property
+    def name(self) -> str:
+        return self.member.name
+
+    def generators(self) -> Any:
+        return self.member.generators()
+
+    def advance(self, answer: object = None, refusal: BaseException | None = None) -> None:
+        self.request = self.member.advance(answer, refusal)
+
+
+class Engine:
+    """Trains members together
+
+    A round is one training step of each member that takes part: joint forward calls until each of them has its loss,
+    one backward through all of them, and then each goes on alone (clipping, optimizer, logs, checkpoints, validation)
+    until it asks for its next batch's output.
+
+    Args:
+        tokens_per_step: that the members of a round may bring together; None for no limit. Who has taken part least
+            comes first; one member's batch is never cut.
+    """
+
+    def __init__(self, tokens_per_step: int | None = None) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.joint: JointBackbone | None = None
+        self.members: list[Trainee] = []
+        self.largest_round = 0
+        """Members in the largest round so far."""
+
+    def ask(self, member: Member, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The backbone's output for a member's batch; for the member's own thread."""
+        return member.pause(Forward(read_call(forward_of(body), args, kwargs)))
+
+    def start(self, member: Member) -> Trainee:
+        """Let a member run to its first training step."""
+        trainee = Trainee(member)
+        self.members.append(trainee)
+        trainee.advance()
+        self._let_go([trainee])
+        return trainee
+
+    def round(self) -> list[Trainee]:
+        """One training step of the members that fit into the budget.
+
+        Returns:
+            Those that ended in it.
+        """
+        chosen = self._choose()
+        self.largest_round = max(self.largest_round, len(chosen))
+        while asking := [one for one in chosen if isinstance(one.request, Forward)]:
+            for group in _by_kind(asking):
+                self._forward(group)
+        self._backward([one for one in chosen if isinstance(one.request, Backward)])
+        for trainee in chosen:
+            trainee.steps += 1
+            trainee.outputs.clear()
+            if isinstance(trainee.request, Backward):
+                trainee.advance()
+        return self._let_go(chosen)
+
+    def stop(self) -> None:
+        """End all members."""
+        for trainee in self.members:
+            trainee.member.stop()
+        self.members.clear()
+
+    def _let_go(self, trainees: Sequence[Trainee]) -> list[Trainee]:
+        ended = [one for one in trainees if one.member.finished]
+        for one in ended:
+            self.members.remove(one)
+            if self.joint is not None:
+                self.joint.remove(one.member)
+        return ended
+
+    def _choose(self) -> list[Trainee]:
+        order = sorted(self.members, key=lambda one: one.steps)  # sorted is stable: else in the order of their start
+        chosen: list[Trainee] = []
+        tokens = 0
+        for trainee in order:
+            assert isinstance(trainee.request, Forward)
+            tokens += trainee.request.call.tokens
+            if chosen and self.tokens_per_step is not None and tokens > self.tokens_per_step:
+                break
+            chosen.append(trainee)
+        return chosen
+
+    def _forward(self, group: Sequence[Trainee]) -> None:
+        states = [trainee.member.random for trainee in group]
+        try:
+            output = self._joint_output(group)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # no run's own fault, and nothing that one run less would mend for sure
+        except Exception as error:
+            if len(group) == 1:
+                group[0].advance(refusal=error)
+                return
+            for trainee, state in zip(group, states, strict=True):  # whoever is at fault fails alone
+                trainee.member.random = state
+                self._forward([trainee])
+            return
+        for trainee, part in zip(group, output.parts, strict=True):
+            trainee.advance(part)
+
+    def _joint_output(self, group: Sequence[Trainee]) -> JointOutput:
+        assert self.joint is not None
+        calls = [trainee.request.call for trainee in group if isinstance(trainee.request, Forward)]
+        arguments, spans = merge(calls)
+        plan = Plan([Part(trainee.member, span) for trainee, span in zip(group, spans, strict=True)])
+        device = next(value for value in arguments.values() if isinstance(value, torch.Tensor)).device.type
+        autocast = calls[0].autocast
+        with self.joint.running(plan), torch.autocast(device, autocast) if autocast else nullcontext():
+            output = JointOutput(self.joint.model(**arguments), spans)
+        for index, trainee in enumerate(group):
+            trainee.outputs.append((output, plan, index))
+        return output
+
+    def _backward(self, trainees: Sequence[Trainee]) -> None:
+        assert self.joint is not None
+        plans: dict[JointOutput, tuple[Plan, list[bool]]] = {}
+        for trainee in trainees:
+            for output, plan, index in trainee.outputs:
+                _, wanted = plans.setdefault(output, (plan, [False] * len(output.spans)))
+                wanted[index] = True
+        for output, (plan, wanted) in plans.items():
+            with self.joint.running(plan):  # activation checkpointing runs layers again
+                output.backward(wanted)
+
+
+def _by_kind(trainees: Sequence[Trainee]) -> Iterator[list[Trainee]]:
+    kinds: dict[Any, list[Trainee]] = {}
+    for trainee in trainees:
+        assert isinstance(trainee.request, Forward)
+        kinds.setdefault(kind_of(trainee.request.call), []).append(trainee)
+    yield from kinds.values()

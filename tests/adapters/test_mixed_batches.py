@@ -1,0 +1,205 @@
+"""Rows of one batch with different adapters: the grouped operator computes what each adapter computes alone."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+
+import petune
+from petune.adapters.onebit.layer import BiLoraLayer
+from petune.mixed_batch import row_groups
+from petune.quantized.linear import PackedLinear, QuantizedLinear
+from petune.quantized.packing import pack
+from tests.adapters.harness import build, gradients, inputs, output
+from tests.conftest import TOLERANCE, relative_error
+
+NAMES = ("default", "second", "third")
+ROWS = ["third", "__base__", "default", "third", "second"]
+
+
+def lora(number: int, **fields: object) -> petune.FusedLoraConfig:
+    r = (4, 3, 9)[number]
+    return petune.FusedLoraConfig(r=r, lora_alpha=8 + number, init_lora_weights=False, **fields)
+
+
+def bilora(number: int, **fields: object) -> petune.BiLoraConfig:
+    return petune.BiLoraConfig(
+        r=(4, 3, 9)[number], scale=0.5 + number, init_weights=False, **{"dropout": 0.0, **fields}
+    )
+
+
+METHODS = {"lora": lora, "bilora": bilora}
+
+
+def three(method: str, family: str, head: str = "cls", **fields: object) -> PeftModel:
+    """A model with three adapters of other ranks and scales; the second is on values alone."""
+    torch.manual_seed(3)
+    model = get_peft_model(build(family, head), METHODS[method](0, **fields))
+    for number, name in enumerate(NAMES[1:], start=1):
+        some = {"target_modules": r".*\.(value|v_proj|c_attn|v_lin)"} if number == 1 else {}
+        model.add_adapter(name, METHODS[method](number, **{**fields, **some}))
+    model.set_requires_grad(NAMES)
+    return model.eval()
+
+
+def alone(model: PeftModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    outputs = {}
+    for name in NAMES:
+        model.set_adapter(name)
+        outputs[name] = output(model, batch)
+    with model.disable_adapter():
+        outputs["__base__"] = output(model, batch)
+    model.set_adapter("default")
+    model.set_requires_grad(NAMES)
+    return outputs
+
+
+def calls_of(monkeypatch, module: str, function: str) -> list[int]:
+    """Numbers of adapters in each call of the grouped operator."""
+    import importlib
+
+    target = importlib.import_module(module)
+    original, calls = getattr(target, function), []
+
+    def counted(x, weight, bias, factors, *rest):
+        calls.append(len(factors))
+        return original(x, weight, bias, factors, *rest)
+
+    monkeypatch.setattr(target, function, counted)
+    return calls
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "vit", "distilbert"])
+@pytest.mark.parametrize("method", METHODS)
+def test_each_row_gets_what_its_adapter_gives_alone_by_the_grouped_operator(method, family, monkeypatch):
+    batch = inputs(family, batch_size=len(ROWS))
+    model = three(method, family)
+    expected = alone(model, batch)
+    calls = calls_of(monkeypatch, "petune.mixed_batch", "grouped_lora")
+    mixed = output(model, {**batch, "adapter_names": ROWS})
+    wanted = torch.stack([expected[name][i] for i, name in enumerate(ROWS)])
+    assert relative_error(mixed, wanted) <= TOLERANCE[torch.float32]
+    assert len(calls) == sum(isinstance(m, LoraLayer | BiLoraLayer) for m in model.modules())
+    assert max(calls) == 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mixed_batch_in_training_gives_the_gradients_of_each_adapters_rows_alone(method):
+    model = three(method, "bert").train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    batch = inputs("bert", batch_size=len(ROWS))
+    labels = batch.pop("labels")
+
+    def loss(rows: list[int], **mixed: object) -> torch.Tensor:
+        logits = model(**{name: value[rows] for name, value in batch.items()}, **mixed).logits
+        return torch.nn.functional.cross_entropy(logits, labels[rows], reduction="sum")
+
+    together = gradients(model, lambda: loss(list(range(len(ROWS))), adapter_names=ROWS))
+    for name in NAMES:
+        model.set_adapter(name)
+        rows = [i for i, row in enumerate(ROWS) if row == name]
+        own = gradients(model, lambda rows=rows: loss(rows))
+        assert own
+        for key, expected in own.items():
+            assert relative_error(together[key], expected) <= 10 * TOLERANCE[torch.float32]
+    assert model.training
+    assert model.base_model.training
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_optimizer_moves_only_the_adapters_that_had_rows(method):
+    dropout = {"lora_dropout": 0.1} if method == "lora" else {"dropout": 0.1}
+    model = three(method, "bert", **dropout).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    batch = inputs("bert", batch_size=4)
+    model(**batch, adapter_names=["third", "default", "default", "__base__"]).loss.backward()
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert {name for name in moved if "second" in name} == set()
+    for adapter in ("default", "third"):
+        assert {name for name in before if f".{adapter}" in name} <= moved
+
+
+@pytest.mark.parametrize("family", ["bart", "llama"])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_generation_with_a_cache_and_beams_is_each_rows_own(method, family, beams):
+    model = (
+        three(method, family, "lm", target_modules="all-linear") if method == "lora" else three(method, family, "lm")
+    )
+    batch = {name: value for name, value in inputs(family, "lm", batch_size=3).items() if name != "labels"}
+    arguments = {"num_beams": beams, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    rows = ["third", "__base__", "default"]
+    mixed = model.generate(**batch, **arguments, adapter_names=rows)
+    for i, name in enumerate(rows):
+        model.set_adapter("default" if name == "__base__" else name)
+        if name == "__base__":
+            with model.disable_adapter():
+                own = model.generate(**batch, **arguments)
+        else:
+            own = model.generate(**batch, **arguments)
+        assert torch.equal(mixed[i], own[i])
+
+
+def test_packed_adapters_are_unpacked_by_the_grouped_operator(monkeypatch, tmp_path):
+    model = three("bilora", "bert")
+    batch = inputs("bert", batch_size=len(ROWS))
+    expected = output(model, {**batch, "adapter_names": ROWS})
+    for module in model.modules():
+        if isinstance(module, BiLoraLayer):
+            for factors in (module.petune_bilora_a, module.petune_bilora_b):
+                for name, latent in factors.items():
+                    factors[name] = _packed(latent)
+    calls = calls_of(monkeypatch, "petune.adapters.onebit.layer", "grouped_packed_lora")
+    found = output(model, {**batch, "adapter_names": ROWS})
+    assert relative_error(found, expected) <= TOLERANCE[torch.float32]
+    assert set(calls) == {2, 3}
+
+
+def _packed(latent: QuantizedLinear) -> PackedLinear:
+    module = PackedLinear(latent.in_features, latent.out_features, latent.quantization)
+    stats = latent.statistics()
+    codes = latent.quantization.codes(latent.weight, stats)
+    module.load_state_dict({"bits": pack(codes, latent.quantization.bits), "stats": stats})
+    return module
+
+
+def test_adapters_that_the_operator_does_not_cover_take_pefts_loop_or_its_refusal(monkeypatch):
+    model = three("lora", "bert")
+    batch = inputs("bert", batch_size=len(ROWS))
+    expected = output(model, {**batch, "adapter_names": ROWS})
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_A["third"].register_forward_hook(lambda _, __, out: out)  # hooked: PEFT's forward runs it
+    calls = calls_of(monkeypatch, "petune.mixed_batch", "grouped_lora")
+    assert relative_error(output(model, {**batch, "adapter_names": ROWS}), expected) <= TOLERANCE[torch.float32]
+    assert calls == []
+    model.add_adapter("dora", petune.FusedLoraConfig(r=2, use_dora=True))
+    with pytest.raises(ValueError, match="DoRA"):
+        output(model, {**inputs("bert", batch_size=2), "adapter_names": ["dora", "default"]})
+
+
+def test_plain_peft_lora_still_refuses_training_with_names():
+    model = get_peft_model(build("bert"), LoraConfig(r=2, target_modules=["query"])).train()
+    with pytest.raises(ValueError, match="training mode"):
+        model(**inputs("bert", batch_size=2), adapter_names=["default", "default"])
+    petune.fuse(model)
+    assert model(**inputs("bert", batch_size=2), adapter_names=["default", "default"]).loss.requires_grad
+
+
+def test_a_failure_in_training_leaves_the_mode_as_it_was():
+    model = three("lora", "bert").train()
+    with pytest.raises(ValueError, match="nobody"):
+        model(**inputs("bert", batch_size=2), adapter_names=["default", "nobody"])
+    assert model.base_model.training
+
+
+def test_rows_are_sorted_once_for_all_layers_of_a_forward():
+    row_groups.cache_clear()
+    model = three("bilora", "bert")
+    output(model, {**inputs("bert", batch_size=len(ROWS)), "adapter_names": ROWS})
+    assert row_groups.cache_info().misses == 2  # the layers of all three adapters, and those of two
+    assert row_groups.cache_info().hits == 2
