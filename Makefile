@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .PHONY: demo test aot mutations interpreted check lint types notebooks peft-suite aot-oldest bench
-.PHONY: gpu gpu-tests gpu-quantised gpu-linear gpu-step clean
+.PHONY: quantised gpu gpu-tests gpu-quantised gpu-linear gpu-step clean
 
 demo: $(READY)  ## fine-tune a real encoder on the standard library's docstrings, offline
 	$(BIN)/petune demo
@@ -38,6 +38,12 @@ notebooks: $(READY)  ## run every notebook from top to bottom
 
 peft-suite: $(READY)  ## PEFT's own tests, with our methods in the place of its LoRA
 	$(BIN)/python tests/adapters/peft_suite/run.py -n 2
+
+# the libraries stand aside: transformers imports those that it finds, which takes every process of the tests two seconds
+quantised: $(READY)  ## the methods on bases of bitsandbytes and torchao
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --constraint constraints.txt \
+		--target $(VENV)/quantised bitsandbytes torchao
+	PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest -n 2 tests/quantised
 
 # the Triton that came with torch 2.11: what fits the registers in one release may spill in another. One architecture of
 # it; `make test` compiles for another with the newest

@@ -19,6 +19,7 @@ at most half of PEFT's time; 1,000 adapters in at most 160 MB, a switch in at mo
 
 import argparse
 import json
+import logging
 import multiprocessing
 import os
 import resource
@@ -26,7 +27,6 @@ import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ from lightning.pytorch.callbacks import Callback
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModel, AutoModelForSequenceClassification, ViTConfig, ViTModel
+from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, ViTConfig, ViTModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -50,6 +50,7 @@ from petune.demo.retrieval import demo_encoder
 from petune.many import ManyRun, fit_many
 from petune.quantized.store import write_tasks
 from petune.serving import AdapterServer
+from petune.tasks.optim import adamw
 
 RESULTS = Path(__file__).parent / "results" / "many.json"
 TOGETHER, ONE_BY_ONE = "together", "one after the other"
@@ -78,6 +79,18 @@ class Plan:
 SMOKE = Plan((("small", 2, 8),), (1, 2), 2, 1, (), (1, 2), 4, 8, 2, 3, 4, True)
 
 
+_tiny = False  # in a smoke run
+
+
+def encoder(auto_class: Any, **options: Any) -> Any:
+    """The demo's encoder; of a smoke run, a BERT of two blocks of random weights."""
+    if _tiny:
+        sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        torch.manual_seed(0)
+        return auto_class.from_config(BertConfig(**sizes), **options)  # pyright: ignore[reportArgumentType]
+    return auto_class.from_pretrained(demo_encoder(), **options)
+
+
 # --- training ------------------------------------------------------------------------------------------------------
 
 
@@ -86,7 +99,7 @@ class Classifier(L.LightningModule):
 
     def configure_model(self) -> None:
         if "model" not in self._modules:
-            base = AutoModelForSequenceClassification.from_pretrained(demo_encoder())
+            base = encoder(AutoModelForSequenceClassification)
             self.model = get_peft_model(base, FusedLoraConfig(r=8, task_type="SEQ_CLS"))
             fuse(self.model)
             self.train()
@@ -100,7 +113,7 @@ class Classifier(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([one for one in self.parameters() if one.requires_grad], lr=1e-3)
+        return adamw([one for one in self.parameters() if one.requires_grad], lr=1e-3)
 
 
 class Clock(Callback):
@@ -193,8 +206,15 @@ def peak_memory(runs: int, plan: Plan) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _peak(way: str, runs: int, rows: int, tokens: int, steps: int) -> tuple[int, int]:
+def all_cores() -> None:
+    """All cores, which is the point; no warnings, bars or messages."""
     quieten()
+    torch.set_num_threads(os.cpu_count() or 1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def _peak(way: str, runs: int, rows: int, tokens: int, steps: int) -> tuple[int, int]:
+    all_cores()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     train_seconds(way, runs, rows, tokens, steps)
     return before // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -203,7 +223,7 @@ def _peak(way: str, runs: int, rows: int, tokens: int, steps: int) -> tuple[int,
 def adapted(config: Callable[[], LoraConfig], adapters: int) -> PeftModel:
     """The encoder with some adapters of random weights, in eval mode."""
     torch.manual_seed(0)
-    model: Any = get_peft_model(AutoModel.from_pretrained(demo_encoder(), add_pooling_layer=False), config(), "0")
+    model: Any = get_peft_model(encoder(AutoModel, add_pooling_layer=False), config(), "0")
     for number in range(1, adapters):
         model.add_adapter(str(number), config())
     model.set_requires_grad([str(number) for number in range(adapters)])
@@ -315,10 +335,10 @@ def measure_serve(plan: Plan) -> dict[str, Any]:
         before = _resident()
         with AdapterServer(base, path) as server:
             names = [f"task{number}" for number in range(plan.tasks)]
-            cold = [_timed(lambda name=name: server.activate(name)) for name in names]
+            cold = [_timed(lambda name=name: server.activate([name])) for name in names]
             rng = torch.Generator().manual_seed(0)
             order = torch.randint(plan.tasks, (plan.switches,), generator=rng).tolist()
-            warm = [_timed(lambda number=number: server.activate(names[number])) for number in order]
+            warm = [_timed(lambda number=number: server.activate([names[number]])) for number in order]
             counted, grown = server.resident_bytes, _resident() - before
     return {
         "tasks": plan.tasks,
@@ -362,8 +382,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.smoke and args.out == RESULTS:
         parser.error(f"a smoke run measures nothing, so it may not write {RESULTS.name}; give another --out.")
-    quieten()
-    warnings.filterwarnings("ignore")
+    all_cores()
+    global _tiny
+    _tiny = args.smoke
     result: dict[str, Any] = {"question": "what do many adapters on one base gain in time and memory"}
     if args.out.exists():
         result = json.loads(args.out.read_text())

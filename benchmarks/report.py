@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import report_pat, report_side
+from benchmarks import report_pat, report_runs, report_side
 from benchmarks.gpu import reach
 from benchmarks.report_parts import UNMEASURED, gate, gate_table, place, spread, table, versions
 
@@ -24,6 +24,7 @@ READMES = (
     HERE.parent / "adapters" / "emoe" / "README.md",
     HERE.parent / "adapters" / "pat" / "README.md",
     HERE.parent / "adapters" / "side" / "README.md",
+    HERE.parent / "petune" / "many" / "README.md",
 )
 LINEAR_COLUMNS = ("E1", "E3", "compile(E3)", "unsloth", "ours-fp32", "ours", "ours-grouped")
 FORMS = ("sparse", "masked")  # of a routed feed-forward
@@ -40,6 +41,7 @@ def render(results: Path) -> dict[str, str]:
         **_emoe(results / "emoe.json"),
         **report_pat.render(_read_if_there(results / "pat.json")),
         **report_side.render(_read_if_there(results / "side.json")),
+        **report_runs.render(results),
         "lora_linear": _per_gpu(gpus, "lora_linear", reach.linear_cells([]), linear_table),
         "lora_step": _per_gpu(gpus, "lora_step", reach.step_cells([]), step_table),
     }

@@ -11,12 +11,16 @@ NOTEBOOKS = sorted(Path(__file__).parent.glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
-    assert [path.name for path in NOTEBOOKS][:5] == [
+    assert [path.name for path in NOTEBOOKS][:9] == [
         "01_first_adapter.ipynb",
         "02_one_bit.ipynb",
         "03_emoe.ipynb",
         "04_pat.ipynb",
         "05_side.ipynb",
+        "06_your_csv.ipynb",
+        "07_chat.ipynb",
+        "08_compare.ipynb",
+        "09_many.ipynb",
     ]
 
 

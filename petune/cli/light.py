@@ -43,12 +43,12 @@ _PACKAGES = (
 class Recipe:
     """A YAML file shipped with petune: of a task (`tasks/<name>.yaml`) or a method (`adapters/<name>/recipe.yaml`).
 
-    A folder of several methods has a file for each, `<name>.yaml`.
+    A folder of several methods has a file for each, `<name>.yaml`. One more is an example of the runs of `fit-many`.
     """
 
     name: str
     kind: str
-    """'task' or 'method'."""
+    """'task', 'method' or 'runs'."""
     path: Path
 
     @property
@@ -76,13 +76,15 @@ def _package_folder(name: str) -> Path:
 
 
 def recipes() -> list[Recipe]:
-    """Shipped recipes: tasks first, then methods, each by name."""
+    """Shipped recipes: tasks first, then methods, each by name, then the runs of `fit-many`."""
     tasks = sorted(_package_folder("petune.tasks").glob("*.yaml"))
     methods = [
         Recipe(path.parent.name if path.stem == "recipe" else path.stem, "method", path)
         for path in _package_folder("petune.adapters").glob("*/*.yaml")
     ]
-    return [Recipe(path.stem, "task", path) for path in tasks] + sorted(methods, key=lambda each: each.name)
+    methods.sort(key=lambda each: each.name)
+    runs = Recipe("many-runs", "runs", _package_folder("petune.many") / "runs.yaml")
+    return [*(Recipe(path.stem, "task", path) for path in tasks), *methods, runs]
 
 
 def find_recipe(name: str) -> Recipe:

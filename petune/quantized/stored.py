@@ -80,6 +80,17 @@ def labels_of(model: nn.Module) -> dict[str, str]:
     return _text_keys(getattr(getattr(base, "config", None), "id2label", None) if named else None)
 
 
+def run_labels(run: Mapping[str, Any]) -> dict[str, str]:
+    """Names of the labels that an adapter folder's run file has, {} for another model."""
+    return _text_keys((run.get("base") or {}).get("config", {}).get("id2label"))
+
+
+def plain_config(config: PeftConfig) -> dict[str, Any]:
+    """A config as JSON has it, for inference."""
+    fields = {**config.to_dict(), "inference_mode": True}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in sorted(fields.items())}
+
+
 def task_digest(task: Task) -> str:
     """A hash of all of a task, 16 hexadecimal digits."""
     digest = hashlib.blake2b(json.dumps(task[:3], sort_keys=True).encode(), digest_size=8)
@@ -112,7 +123,7 @@ def _from_model(source: nn.Module, name: str) -> Task:
         model.peft_config[adapter] = config
     # copies: a model that is stored once for each of its adapters goes on changing
     tensors = {plain_name(key): tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in found.items()}
-    return Task(_plain(packed), base_fingerprint(model), labels_of(model), tensors)
+    return Task(plain_config(packed), base_fingerprint(model), labels_of(model), tensors)
 
 
 def _from_folder(source: str | Path, name: str) -> Task:
@@ -123,8 +134,7 @@ def _from_folder(source: str | Path, name: str) -> Task:
     if any(key.endswith(".anchor") for key in tensors):
         tensors = _pack_latents(config, tensors)
     base: dict[str, Any] = run.get("base") or {}
-    labels = _text_keys(base.get("config", {}).get("id2label"))
-    return Task(_plain(config), base.get("fingerprint") or {}, labels, tensors)
+    return Task(plain_config(config), base.get("fingerprint") or {}, run_labels(run), tensors)
 
 
 def _pack_latents(config: QuantizedConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -145,12 +155,6 @@ def _checked(config: PeftConfig, name: str) -> QuantizedConfig:
             f"those of {', '.join(packed)}: save this one with petune.save_adapter."
         )
     return config
-
-
-def _plain(config: PeftConfig) -> dict[str, Any]:
-    """A config as JSON has it."""
-    fields = {**config.to_dict(), "inference_mode": True}
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in sorted(fields.items())}
 
 
 def _text_keys(labels: Mapping[int, str] | None) -> dict[str, str]:

@@ -22,7 +22,7 @@ class Batch:
     Attributes:
         names: of each row's task, or `petune.layer.BASE`.
         tasks: those that the rows take.
-        widths: by name, how many of an answer's last entries are the task's own; {} where all are.
+        widths: by name, how many entries of an answer's last axis are the task's own; {} where all are.
     """
 
     def __init__(self, names: tuple[str, ...], tasks: Mapping[str, Active]) -> None:
@@ -54,9 +54,11 @@ class Current:
 class ServedModule(nn.Module):
     """A module of the base, or for the rows of a task that has a version of its own, that one
 
-    Attributes:
+    Args:
         base: the base's module; layers inside of it may be served too.
         plain: the same without them.
+        path: its name in the model.
+        current: says which batch runs.
     """
 
     def __init__(self, base: nn.Module, plain: nn.Module, path: str, current: Current) -> None:

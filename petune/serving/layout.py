@@ -7,16 +7,20 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from petune.adapters.lora.layer import uncovered_adapter
 from petune.adapters.onebit import BiLoraLayer
 from petune.adapters.onebit.layer import with_zero_rows
 from petune.kernels.grouped_lora import PackedFactors
 from petune.kernels.packed_lora import unpacked
+from petune.low_rank import class_name
 from petune.quantized.linear import PackedLinear, QuantizedLinear
 from petune.quantized.packing import Entry, decode
 from petune.quantized.slots import check_shape, packed_names, plain_tensors
-from petune.quantized.tuner import quantized_weights
+from petune.quantized.tuner import QuantizedConfig, quantized_weights
 from petune.state import active_adapter, peft_config
 
 _ROOT = "base_model.model."  # of every name in a PeftModel
@@ -101,26 +105,35 @@ class Layout:
     modules: tuple[_Module, ...]
 
     @classmethod
-    def of(cls, model: PeftModel) -> "Layout":
-        """The layout of the task that `TaskStore.attach` has put on a model."""
+    def of(cls, model: PeftModel, where: str) -> "Layout":
+        """The layout of the adapter that a model carries.
+
+        Args:
+            model: with a Bi-LoRA that `TaskStore.attach` has put on it, or with a LoRA.
+            where: what holds the adapter, for messages.
+
+        Raises:
+            ValueError: the adapter is more than low-rank updates and whole modules.
+        """
         adapter = active_adapter(model)
         weights = quantized_weights(model, adapter)
         places: dict[str, int | str] = {f"{path}.weight": index for index, (_, path) in enumerate(weights)}
         plain = plain_tensors(model, adapter, weights)
         places |= {path: key for key, path in plain.items()}
         layers = tuple(
-            _layer(path, layer, adapter, places)
+            _layer(path, layer, adapter, places, where)
             for path, layer in model.named_modules()
-            if isinstance(layer, BiLoraLayer)
+            if isinstance(layer, BaseTunerLayer)
         )
         modules = _modules(model, adapter, places)
         used = {place for layer in layers for place in (layer.a, layer.b)}
         used |= {place for module in modules for place in module.tensors.values()}
-        assert not plain.keys() - used, "a Bi-LoRA has factors and whole modules"
+        assert not plain.keys() - used, "an update has factors, and modules are whole"
         state = model.state_dict()
         shapes = {key: state[path].shape for key, path in plain.items()}
-        config: Any = peft_config(model)
-        return cls(tuple(entry for entry, _ in weights), packed_names(config), shapes, layers, modules)
+        config = peft_config(model)
+        packed = packed_names(config) if isinstance(config, QuantizedConfig) else ("", "")
+        return cls(tuple(entry for entry, _ in weights), packed, shapes, layers, modules)
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Whether a checkpoint is of this layout.
@@ -131,7 +144,7 @@ class Layout:
         wanted = {*self.shapes, *(self.packed if self.entries else ())}
         if different := sorted(tensors.keys() ^ wanted):
             what = "has" if different[0] in tensors else "lacks"
-            raise ValueError(f"it {what} {different[0]}, unlike other tasks of its config; write the task again.")
+            raise ValueError(f"it {what} {different[0]}, unlike an adapter of its config on this base; save it again.")
         heads = {key for module in self.modules for key in module.tensors.values()}
         for key, shape in self.shapes.items():
             check_shape(key, tensors[key].shape, shape, is_head=key in heads)
@@ -168,9 +181,19 @@ class Layout:
         ]
 
 
-def _layer(path: str, layer: BiLoraLayer, adapter: str, places: Mapping[str, int | str]) -> _Layer:
-    a, b = (places[f"{path}.petune_bilora_{factor}.{adapter}.weight"] for factor in "ab")
-    return _Layer(path.removeprefix(_ROOT), a, b, layer.scale[adapter], layer.parts[adapter], layer.out_features)
+def _layer(path: str, layer: BaseTunerLayer, adapter: str, places: Mapping[str, int | str], where: str) -> _Layer:
+    name = path.removeprefix(_ROOT)
+    if isinstance(layer, BiLoraLayer):
+        a, b = (places[f"{path}.petune_bilora_{factor}.{adapter}.weight"] for factor in "ab")
+        return _Layer(name, a, b, layer.scale[adapter], layer.parts[adapter], layer.out_features)
+    lora: Any = layer
+    fault = uncovered_adapter(layer, adapter) if isinstance(layer, LoraLinear) else f"it is {class_name(lora)}"
+    if fault:
+        raise ValueError(
+            f"{where}: {name} has more than a LoRA of two matrices ({fault}); serve the adapter on a base of its own."
+        )
+    a, b = (places[f"{path}.lora_{factor}.{adapter}.weight"] for factor in "AB")
+    return _Layer(name, a, b, lora.scaling[adapter], (), lora.out_features)
 
 
 def _modules(model: PeftModel, adapter: str, places: Mapping[str, int | str]) -> tuple[_Module, ...]:

@@ -10,19 +10,17 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
-from petune.adapters.onebit import BiLoraConfig
 from petune.fingerprint import base_fingerprint, compare_fingerprints
 from petune.layer import BASE
 from petune.quantized.store import TaskStore
-from petune.quantized.stored import labels_of
+from petune.quantized.stored import Task, labels_of
 from petune.serving.layers import Batch, Current, serve
 from petune.serving.layout import Active, Layout
+from petune.serving.sources import FolderTask, Source, StoredTask
 
 
 class AdapterServer:
@@ -34,7 +32,7 @@ class AdapterServer:
     A task that a batch asks for is read once from the mapped file and stays resident until the budget is needed for
     others: those used least recently go first. No module is made for it. On a GPU it is moved there once. On a CPU it
     is a view of the mapped file: all processes that serve one store share its pages, and those of a task that was
-    evicted go when the system needs them.
+    evicted go when the system needs them. The first task of each config takes longer: PEFT is asked what it adapts.
 
     The base is not changed: the server computes with a copy that shares its memory, in eval mode. Calls from several
     threads take turns.
@@ -67,14 +65,15 @@ class AdapterServer:
         self._layouts: dict[tuple[str, int], Layout] = {}
         self._resident: OrderedDict[str, _Resident] = OrderedDict()
         self._active: dict[str, Active] = {}
+        self._folders: dict[str, FolderTask] = {}
         self._bytes = 0
         self._lock = RLock()
         self._closed = False
 
     @property
     def names(self) -> list[str]:
-        """The tasks of the store."""
-        return self.store.names
+        """The tasks of the store, and those that were added."""
+        return [*self.store.names, *self._folders]
 
     @property
     def resident(self) -> list[str]:
@@ -92,8 +91,25 @@ class AdapterServer:
         Raises:
             ValueError: no such task.
         """
-        labels = self._labels if name in (None, BASE) else self.store.labels(name) or self._labels
+        labels = self._labels if name is None or name == BASE else self._source(name).labels or self._labels
         return {int(index): label for index, label in labels.items()}
+
+    def add(self, name: str, directory: str | Path) -> None:
+        """Serve a float LoRA beside the tasks of the store; it is read from its folder whenever it is activated.
+
+        Args:
+            name: of the task.
+            directory: an adapter folder, of PEFT or PETune.
+
+        Raises:
+            FileNotFoundError: no such folder, or a file of it is missing.
+            TypeError: an adapter of another method.
+            ValueError: a name that is taken, or a folder that is damaged.
+        """
+        with self._lock:
+            if name in (*self.names, BASE):
+                raise ValueError(f"AdapterServer.add: the name {name!r} is taken; choose another.")
+            self._folders[name] = FolderTask(directory)
 
     def activate(self, names: Iterable[str]) -> None:
         """Have these tasks resident and ready for the next batch, as `predict` does.
@@ -194,7 +210,7 @@ class AdapterServer:
         )
 
     def _size(self, name: str) -> int:
-        return self._resident[name].size if name in self._resident else self.store.bytes(name).total
+        return self._resident[name].size if name in self._resident else self._source(name).size
 
     def _make_room(self, size: int, wanted: Sequence[str]) -> None:
         while self.budget_bytes is not None and self._bytes + size > self.budget_bytes:
@@ -204,27 +220,29 @@ class AdapterServer:
             self.evictions += 1
 
     def _read(self, name: str) -> "_Resident":
-        task, where = self.store.read(name), f"{self.store.path}: the task {name!r}"
-        kind: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(task.config["peft_type"])]
-        if not issubclass(kind, BiLoraConfig):
-            raise TypeError(
-                f"{where} is an adapter of {kind.__name__}, which is no low-rank update, and only such are served "
-                "together; put it on a base of its own with TaskStore.attach."
-            )
-        compare_fingerprints(task.base, self._fingerprint, where=where)
-        # the size of the codes beside the config: a quantised head has the task's labels
-        key = json.dumps(task.config, sort_keys=True), self.store.bytes(name).codes
-        if key not in self._layouts:
-            # once for each config: the layers and modules that PEFT finds, on a copy that is thrown away
-            layout = Layout.of(self.store.attach(_copy_of(self._plain), name))
-            serve(self._model, self._plain, layout, self._current)
-            self._layouts[key] = layout
-        layout = self._layouts[key]
+        source = self._source(name)
+        task = source.read()
+        compare_fingerprints(task.base, self._fingerprint, where=source.where)
+        layout = self._layout(source, task)
         try:
             layout.check(task.tensors)
         except ValueError as error:
-            raise ValueError(f"{where} cannot be served: {error}") from error
+            raise ValueError(f"{source.where} cannot be served: {error}") from error
         return _Resident(layout, task.tensors, sum(tensor.nbytes for tensor in task.tensors.values()))
+
+    def _layout(self, source: Source, task: Task) -> Layout:
+        # the size of the codes beside the config: a quantised head has the task's labels
+        codes = sum(tensor.nbytes for tensor in task.tensors.values() if tensor.dtype == torch.uint8)
+        key = json.dumps(task.config, sort_keys=True, default=str), codes
+        if key not in self._layouts:
+            # once for each config: the layers and modules that PEFT finds, on a copy that is thrown away
+            layout = Layout.of(source.attached(_copy_of(self._plain)), source.where)
+            serve(self._model, self._plain, layout, self._current)
+            self._layouts[key] = layout
+        return self._layouts[key]
+
+    def _source(self, name: str) -> Source:
+        return self._folders.get(name) or StoredTask(self.store, name)
 
 
 class _Resident(NamedTuple):

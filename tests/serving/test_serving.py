@@ -4,13 +4,15 @@ import threading
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from petune import BiLoraConfig
+from petune.export import save_adapter
 from petune.quantized.linear import PackedLinear
 from petune.serving import AdapterServer
 from petune.serving.layers import ServedLinear, ServedModule
-from petune.serving.layout import Update
+from petune.serving.layout import Layout, Update
 from tests.conftest import TOLERANCE, relative_error
 from tests.families import FAMILIES
 from tests.test_store import _Counted, base, logits, store, trained
@@ -116,16 +118,17 @@ def test_a_model_that_returns_a_tensor_is_answered_by_its_rows(tmp_path):
 
 
 def test_a_base_of_fewer_digits_answers_to_its_precision(tmp_path):
-    tasks = store(tmp_path, one=trained(seed=1), two=trained(seed=2, r=5, bits=4))
-    batch = BERT.inputs(batch_size=3)
-    answers = AdapterServer(base().to(torch.bfloat16), tasks).predict(batch, ["one", "two", None])
-    for row, name in enumerate(("one", "two", None)):
-        assert answers[row].dtype == torch.bfloat16
-        assert torch.allclose(answers[row].float(), alone(tasks, name, batch)[row], atol=0.05)
+    fields = {"one": {}, "two": {"seed": 2, "r": 5, "bits": 4}, "float": {"seed": 3, "bits": 32, "labels": 5}}
+    tasks = store(tmp_path, **{name: trained(**more) for name, more in fields.items()})
+    server, batch = AdapterServer(base().to(torch.bfloat16), tasks), BERT.inputs(batch_size=4)
+    for names in (["one", "two", None, "two"], ["float", "two", None, "one"]):
+        for row, (name, answer) in enumerate(zip(names, server.predict(batch, names), strict=True)):
+            assert answer.dtype == torch.bfloat16
+            assert torch.allclose(answer.float(), alone(tasks, name, batch)[row], atol=0.05)
 
 
 def test_a_layer_that_the_operator_cannot_read_is_computed_task_by_task(tmp_path):
-    tasks, own = store(tmp_path, one=trained(seed=1), two=trained(seed=2, r=5)), base()
+    tasks, own = store(tmp_path, one=trained(seed=1), two=trained(seed=2, r=5, scale=3.0)), base()
     for module in own.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda *_: None)
@@ -208,6 +211,69 @@ def test_the_labels_are_those_of_the_task_or_of_the_base(tmp_path):
     assert server.labels("unnamed") == server.labels(None) == {0: "x", 1: "y", 2: "z"}
 
 
+# --- float LoRA ------------------------------------------------------------------------------------------------------
+
+LORAS = {
+    "plain": {"r": 4},
+    "five labels": {"r": 3, "labels": 5, "use_rslora": True},
+    "several ranks": {
+        "r": 2,
+        "rank_pattern": {"layer.1.attention.self.query": 7},
+        "target_modules": ["query", "dense"],
+    },
+    "conv1d": {"r": 4, "family": "gpt2", "task_type": None, "target_modules": ["c_attn", "c_proj"]},
+}
+
+
+def lora(seed=0, labels=3, family="bert", **fields):
+    torch.manual_seed(seed)
+    fields = {"task_type": "SEQ_CLS", "init_lora_weights": False, "lora_dropout": 0.3, **fields}
+    model = get_peft_model(base(labels, family=family), LoraConfig(**fields)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.normal_()
+    return model
+
+
+@pytest.mark.parametrize("name", LORAS)
+@pytest.mark.parametrize("save", [save_adapter, PeftModel.save_pretrained], ids=["petune", "peft"])
+def test_a_float_lora_is_served_beside_packed_tasks(tmp_path, name, save):
+    family = LORAS[name].get("family", "bert")
+    one, model = trained(seed=1, family=family), lora(seed=2, **LORAS[name])
+    save(model, tmp_path / "lora")
+    server = AdapterServer(base(family=family), store(tmp_path, one=one))
+    server.add("lora", tmp_path / "lora")
+    assert server.names == ["one", "lora"]
+    batch, names = FAMILIES[family].inputs(batch_size=4), ["lora", "one", None, "lora"]
+    wanted = [logits_of(each, batch)[row] for row, each in enumerate((model, one, base(family=family), model))]
+    for answer, row in zip(server.predict(batch, names), wanted, strict=True):
+        assert answer.shape == row.shape
+        assert relative_error(answer, row) < TOLERANCE[torch.float32]
+    named = model.config.id2label if save is save_adapter and family == "bert" else base().config.id2label
+    assert server.labels("lora") == named
+
+
+def logits_of(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def test_a_lora_that_was_evicted_is_read_from_its_folder_again(tmp_path):
+    lora(seed=2, r=4).save_pretrained(tmp_path / "lora")
+    tasks = store(tmp_path, one=trained(seed=1))
+    size = sum(tensor.nbytes for tensor in load_file(tmp_path / "lora" / "adapter_model.safetensors").values())
+    server = AdapterServer(base(), tasks, budget_bytes=size)
+    server.add("lora", tmp_path / "lora")
+    batch = BERT.inputs(batch_size=2)
+    first = server.predict(batch, ["lora", None])
+    assert server.resident_bytes == size
+    check(server, ["one", None])
+    assert server.resident == ["one"]
+    assert torch.equal(server.predict(batch, ["lora", None])[0], first[0])
+    assert (server.resident, server.loads, server.evictions) == (["lora"], 3, 2)
+
+
 # --- what is resident ------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +309,20 @@ def test_without_a_budget_everything_stays_and_is_read_once(nine):
     assert counted.handed_out == sum(nine.bytes(name).total for name in nine.names[2:])
     assert server.resident_bytes == sum(nine.bytes(name).total for name in nine.names)
     assert (server.resident, server.loads, server.evictions) == (nine.names, 9, 0)
+
+
+def test_a_batch_of_the_same_tasks_uses_the_same_views(nine, monkeypatch):
+    server, made, original = AdapterServer(base(), nine), [], Layout.activate
+    monkeypatch.setattr(Layout, "activate", lambda self, tensors: made.append(1) or original(self, tensors))
+    for names in (["task 0", "task 1"], ["task 1", None], ["task 1", "task 2"], ["task 2", "task 1"]):
+        server.predict(BERT.inputs(batch_size=2), names)
+    assert len(made) == 3
+
+
+def test_answers_take_no_gradient(nine):
+    embeddings = torch.randn(2, 5, 32, requires_grad=True)
+    answers = AdapterServer(base(), nine).predict({"inputs_embeds": embeddings}, ["task 0", None])
+    assert not any(answer.requires_grad for answer in answers)
 
 
 def test_a_task_costs_no_module(nine):

@@ -1,14 +1,15 @@
 """A server that is asked for what it cannot do says so, and answers the next call."""
 
+import re
 import shutil
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from petune import BiAdapterConfig, BiLoraConfig
-from petune.export import TaskStore, write_tasks
+from petune.export import TaskStore, save_adapter, write_tasks
 from petune.serving import AdapterServer
 from tests.families import FAMILIES
 from tests.test_store import base, store, trained
@@ -214,3 +215,64 @@ def test_a_store_that_is_open_is_taken_as_it_is(two):
     assert AdapterServer(base(), two).store is two
     assert isinstance(AdapterServer(base(), str(two.path)).store, TaskStore)
     assert isinstance(AdapterServer(base(), two.path).store, TaskStore)
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+LORAS = {
+    "dora": ({"use_dora": True}, "is a DoraLinearVariant"),
+    "bias": ({"lora_bias": True}, r"lora_bias=True"),
+    "embedding": ({"target_modules": ["word_embeddings"]}, "it is peft's Embedding"),
+    "tokens": ({"trainable_token_indices": [3, 4]}, "it is peft's TrainableTokensLayer"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), LORAS.values(), ids=LORAS)
+def test_a_lora_of_more_than_two_matrices_is_refused(tmp_path, two, fields, message):
+    get_peft_model(base(), LoraConfig(task_type="SEQ_CLS", **fields)).save_pretrained(tmp_path / "lora")
+    server = AdapterServer(base(), two)
+    server.add("lora", tmp_path / "lora")
+    with pytest.raises(
+        ValueError, match=rf"lora: bert.* more than a LoRA of two matrices \(.*{message}.*; serve the ada"
+    ):
+        ask(server, "one", "lora")
+    assert works(server)
+
+
+def test_a_folder_that_cannot_be_served_is_refused_at_once(tmp_path, two):
+    server = AdapterServer(base(), two)
+    get_peft_model(base(), LoraConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path / "lora")
+    for name in ("one", "__base__"):
+        with pytest.raises(ValueError, match=f"the name '{name}' is taken; choose another"):
+            server.add(name, tmp_path / "lora")
+    trained().save_pretrained(tmp_path / "packed")
+    with pytest.raises(
+        TypeError, match="is an adapter of BiLoraConfig, and beside a store's tasks only LoRA is served"
+    ):
+        server.add("packed", tmp_path / "packed")
+    with pytest.raises(FileNotFoundError, match="no adapter folder"):
+        server.add("nowhere", tmp_path / "nowhere")
+    config = tmp_path / "lora" / "adapter_config.json"
+    before = config.read_text()
+    for field in ('"init_lora_weights": "pissa"', '"layer_replication": [[0, 2]]', '"bias": "all"'):
+        name = field.split(":")[0]
+        config.write_text(re.sub(rf'{name}: "?\w+"?', field, before))
+        with pytest.raises(ValueError, match="which changes the base too; serve the adapter on a base of its own"):
+            server.add("lora", tmp_path / "lora")
+    assert server.names == ["one", "two"]
+    assert works(server)
+
+
+def test_a_lora_of_another_base_is_refused(tmp_path, two):
+    save_adapter(
+        get_peft_model(base(seed=8), LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)), tmp_path / "far"
+    )
+    get_peft_model(FAMILIES["vit"].build(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "vit")
+    server = AdapterServer(base(), two)
+    server.add("far", tmp_path / "far")
+    server.add("vit", tmp_path / "vit")
+    with pytest.raises(ValueError, match=r"far: the adapter was made for .* \(different weights\)"):
+        ask(server, "far")
+    with pytest.raises(ValueError, match="q_proj"):
+        ask(server, "vit")
+    assert works(server)

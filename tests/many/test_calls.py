@@ -1,0 +1,230 @@
+"""Calls of several runs put together and taken apart again; threads that take turns."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from petune.many.calls import JointOutput, Span, kind_of, merge, read_call
+from petune.many.crew import Member, RunStoppedError
+from petune.many.dropout import DropoutByRun
+
+
+def model(input_ids=None, attention_mask=None, position_ids=None, labels=None, use_cache=None, **kwargs):
+    raise AssertionError("only its signature is read")
+
+
+def call(rows: int, length: int, **arguments: object):
+    return read_call(model, (torch.ones(rows, length, dtype=torch.long),), arguments)
+
+
+# ------------------------------------------------------------------------------------------------------------ calls
+
+
+def test_sequences_of_other_lengths_are_padded_and_a_mask_hides_the_padding():
+    arguments, spans = merge([call(2, 3), call(1, 5), call(3, 5, attention_mask=torch.zeros(3, 5, dtype=torch.long))])
+    assert arguments["input_ids"].tolist() == [[1, 1, 1, 0, 0]] * 2 + [[1] * 5] * 4
+    assert arguments["attention_mask"].tolist() == [[1, 1, 1, 0, 0]] * 2 + [[1] * 5] + [[0] * 5] * 3
+    assert spans == [Span(0, 2, 3, 5), Span(2, 3, 5, 5), Span(3, 6, 5, 5)]
+    assert arguments["use_cache"] is False
+
+
+def test_one_call_is_left_as_it_is():
+    arguments, spans = merge([call(2, 3)])
+    assert "attention_mask" not in arguments
+    assert spans == [Span(0, 2, 3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "alike"),
+    [
+        ({}, True),
+        ({"attention_mask": torch.ones(2, 4)}, True),
+        ({"labels": torch.zeros(2)}, False),  # a loss over all rows
+        ({"position_ids": torch.zeros(2, 4)}, False),  # a packed text without a mask
+        ({"position_ids": torch.zeros(1, 4)}, False),  # not made of rows
+        ({"scale": 2.0}, False),
+        ({"cache": object()}, False),
+    ],
+)
+def test_calls_that_differ_in_more_than_rows_and_length_are_of_other_kinds(arguments, alike):
+    assert (kind_of(call(2, 4, **arguments)) == kind_of(call(3, 6))) is alike
+
+
+def test_images_are_alike_where_their_sizes_are():
+    def image(rows: int, size: int):
+        return read_call(lambda pixel_values: None, (torch.zeros(rows, 3, size, size),), {})
+
+    assert kind_of(image(2, 8)) == kind_of(image(5, 8))
+    assert kind_of(image(2, 8)) != kind_of(image(2, 9))
+    merged, spans = merge([image(2, 8), image(1, 8)])
+    assert merged["pixel_values"].shape == (3, 3, 8, 8)
+    assert [(span.start, span.stop) for span in spans] == [(0, 2), (2, 3)]
+
+
+def test_autocast_of_the_caller_is_part_of_the_call():
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = call(2, 4)
+    assert inside.autocast == torch.bfloat16
+    assert kind_of(inside) != kind_of(call(2, 4))
+
+
+def test_each_run_gets_its_rows_and_its_gradients_go_back_to_them():
+    hidden = torch.randn(3, 5, 5, requires_grad=True)  # width and length alike, on purpose
+    pooled = hidden[:, 0] * 2
+    output = BaseModelOutputWithPooling(last_hidden_state=hidden * 1, pooler_output=pooled, attentions=None)
+    joint = JointOutput(output, [Span(0, 2, 3, 5), Span(2, 3, 5, 5)])
+    first, second = joint.parts
+    assert isinstance(first, BaseModelOutputWithPooling)
+    assert first.last_hidden_state.shape == (2, 3, 5)
+    assert first.pooler_output.shape == (2, 5)
+    assert second.last_hidden_state.shape == (1, 5, 5)
+    first.last_hidden_state.sum().backward()
+    (3 * second.pooler_output).sum().backward()
+    joint.backward([True, True])
+    assert hidden.grad[:2, :3].eq(1).all()
+    assert hidden.grad[:2, 3:].eq(0).all()
+    assert hidden.grad[2, 0].eq(6).all()
+    assert hidden.grad[2, 1:].eq(0).all()
+
+
+def test_the_gradients_of_a_run_that_failed_do_not_count():
+    hidden = torch.randn(2, 4, requires_grad=True)
+    joint = JointOutput((hidden * 1,), [Span(0, 1, 1, 1), Span(1, 2, 1, 1)])
+    for (part,) in joint.parts:
+        part.sum().backward()
+    joint.backward([False, True])
+    assert hidden.grad.tolist() == [[0.0] * 4, [1.0] * 4]
+
+
+# ------------------------------------------------------------------------------------------------------------- crew
+
+
+def test_members_run_by_turns_and_answers_reach_them():
+    said = []
+
+    def work(member):
+        said.append(("asked", member.name, member.pause(1)))
+        return member.pause(2)
+
+    members = [Member(name, work) for name in "ab"]
+    assert [member.advance() for member in members] == [1, 1]
+    assert [member.advance(f"for {member.name}") for member in members] == [2, 2]
+    assert said == [("asked", "a", "for a"), ("asked", "b", "for b")]
+    for member in members:
+        assert member.advance("end") is None
+        assert (member.finished, member.result, member.error) == (True, "end", None)
+
+
+def test_each_member_draws_from_generators_of_its_own():
+    def draws() -> tuple[float, float, float]:
+        return torch.rand(1).item(), np.random.rand(), random.random()  # noqa: NPY002
+
+    def work(member):
+        torch.manual_seed(member.seed)
+        np.random.seed(member.seed)  # noqa: NPY002
+        random.seed(member.seed)
+        os.environ["PL_GLOBAL_SEED"] = str(member.seed)
+        found = []
+        for _ in range(3):
+            found.append(draws())
+            member.pause(None)
+        return found, os.environ["PL_GLOBAL_SEED"]
+
+    def run(seeds):
+        members = [Member(str(seed), work) for seed in seeds]
+        for member, seed in zip(members, seeds, strict=True):
+            member.seed = seed
+        while not all(member.finished for member in members):
+            for member in members:
+                member.advance()
+                draws()  # the owner's own, in between
+        return [member.result for member in members]
+
+    before = os.environ.get("PL_GLOBAL_SEED")
+    together = run([3, 4])
+    assert together == [*run([3]), *run([4])]
+    assert together[0][0] != together[1][0]
+    assert os.environ.get("PL_GLOBAL_SEED") == before
+
+
+def test_a_member_that_is_stopped_cleans_up_whatever_it_asks_for_on_its_way():
+    seen = []
+
+    def work(member):
+        try:
+            member.pause("first")
+        finally:
+            seen.append("cleaned")
+            member.pause("once more")
+
+    member = Member("a", work)
+    member.advance()
+    member.stop()
+    assert seen == ["cleaned"]
+    assert isinstance(member.error, RunStoppedError)
+    Member("never started", work).stop()
+
+
+# ---------------------------------------------------------------------------------------------------------- dropout
+
+
+class Own:
+    """A run's generator, for one run."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def draws(self):
+        return _Seeded(self.seed)
+
+
+class _Seeded:
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self.state = torch.get_rng_state()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_rng_state(self.state)
+
+
+def test_rows_drop_what_they_drop_alone_whatever_they_are_padded_to():
+    x = torch.rand(3, 7, 6) + 1
+    parts = [(Own(1), Span(0, 2, 5, 7)), (Own(2), Span(2, 3, 7, 7))]
+    with DropoutByRun(parts):
+        mixed = F.dropout(x, 0.4)
+    torch.manual_seed(1)
+    assert torch.equal(mixed[:2, :5], F.dropout(x[:2, :5], 0.4))
+    assert mixed[:2, 5:].eq(0).all()
+    torch.manual_seed(2)
+    assert torch.equal(mixed[2:], F.dropout(x[2:], 0.4))
+
+
+def test_attention_drops_what_it_drops_alone():
+    q, k, v = torch.randn(3, 3, 2, 7, 4).unbind(0)
+    mask = torch.ones(3, 1, 7, 7, dtype=torch.bool)
+    mask[:2, :, :, 5:] = False
+    parts = [(Own(1), Span(0, 2, 5, 7)), (Own(2), Span(2, 3, 7, 7))]
+    with DropoutByRun(parts):
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=0.3)
+    torch.manual_seed(1)
+    own = F.scaled_dot_product_attention(*(t[:2, :, :5] for t in (q, k, v)), mask[:2, :, :5, :5], dropout_p=0.3)
+    assert torch.equal(mixed[:2, :, :5], own)
+    torch.manual_seed(2)
+    assert torch.equal(mixed[2:], F.scaled_dot_product_attention(q[2:], k[2:], v[2:], mask[2:], dropout_p=0.3))
+
+
+def test_what_is_not_made_of_the_rows_is_left_to_torch():
+    x = torch.rand(4, 6)
+    with DropoutByRun([(Own(1), Span(0, 3, 1, 1))]):
+        torch.manual_seed(5)
+        mixed = F.dropout(x, 0.5)
+    torch.manual_seed(5)
+    assert torch.equal(mixed, F.dropout(x, 0.5))
