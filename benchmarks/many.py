@@ -61,12 +61,13 @@ PEFT, OURS = "PEFT adapter_names", "grouped"
 class Plan:
     """How much is measured."""
 
-    sizes: tuple[tuple[str, int, int], ...] = (("small", 2, 16), ("large", 16, 64))
-    """Name, rows and tokens a row of one run's step."""
-    runs: tuple[int, ...] = (1, 2, 4, 8, 16)
-    steps: int = 12
+    sizes: tuple[tuple[str, int, int, int, tuple[int, ...]], ...] = (
+        ("small", 2, 16, 12, (1, 2, 4, 8, 16)),
+        ("large", 16, 64, 6, (1, 4)),
+    )
+    """Name, rows and tokens a row of one run's step, steps, and numbers of runs."""
     rounds: int = 5
-    memory_runs: tuple[int, ...] = (1, 8, 16)
+    memory_runs: tuple[int, ...] = (1, 8)
     adapters: tuple[int, ...] = (1, 8, 64)
     rows: int = 64
     tokens: int = 32
@@ -76,7 +77,7 @@ class Plan:
     smoke: bool = False
 
 
-SMOKE = Plan((("small", 2, 8),), (1, 2), 2, 1, (), (1, 2), 4, 8, 2, 3, 4, True)
+SMOKE = Plan((("small", 2, 8, 2, (1, 2)),), 1, (), (1, 2), 4, 8, 2, 3, 4, True)
 
 
 _tiny = False  # in a smoke run
@@ -173,20 +174,20 @@ def train_seconds(way: str, runs: int, rows: int, tokens: int, steps: int) -> fl
 def measure_train(plan: Plan) -> dict[str, Any]:
     """Tokens/s of both ways, for each size of a step and number of runs."""
     rows: list[dict[str, Any]] = []
-    for size, batch, tokens in plan.sizes:
-        for runs in plan.runs:
+    for size, batch, tokens, steps, numbers in plan.sizes:
+        for runs in numbers:
             times: dict[str, list[float]] = {TOGETHER: [], ONE_BY_ONE: []}
             for number in range(plan.rounds):
                 for way in sorted(times, reverse=number % 2 == 1):
-                    times[way].append(train_seconds(way, runs, batch, tokens, plan.steps))
+                    times[way].append(train_seconds(way, runs, batch, tokens, steps))
             ratios = [alone / joint for joint, alone in zip(times[TOGETHER], times[ONE_BY_ONE], strict=True)]
-            row = {"size": size, "rows": batch, "tokens": tokens, "runs": runs, **speedup(ratios)}
-            count = runs * batch * tokens * plan.steps
+            row = {"size": size, "rows": batch, "tokens": tokens, "steps": steps, "runs": runs, **speedup(ratios)}
+            count = runs * batch * tokens * steps
             row |= {way: round(count / statistics.median(found)) for way, found in times.items()}
             rows.append(row)
             print(json.dumps(row), flush=True)
     memory = [row for runs in plan.memory_runs for row in peak_memory(runs, plan)]
-    return {"steps": plan.steps, "rounds": plan.rounds, "rows": rows, "memory": memory, "step": measure_step(plan)}
+    return {"rounds": plan.rounds, "rows": rows, "memory": memory, "step": measure_step(plan)}
 
 
 def speedup(ratios: Sequence[float]) -> dict[str, float]:
@@ -197,7 +198,7 @@ def speedup(ratios: Sequence[float]) -> dict[str, float]:
 
 def peak_memory(runs: int, plan: Plan) -> Iterator[dict[str, Any]]:
     """Peak resident bytes of a process that trains in one way, and what of them it had before."""
-    _, batch, tokens = plan.sizes[0]
+    _, batch, tokens, *_ = plan.sizes[0]
     for way in (TOGETHER, ONE_BY_ONE):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             before, peak = pool.apply(_peak, (way, runs, batch, tokens, 3))
@@ -263,8 +264,8 @@ def compared(times: Mapping[str, list[float]]) -> dict[str, Any]:
 def measure_step(plan: Plan) -> list[dict[str, Any]]:
     """Forward and backward of one batch with rows of all adapters."""
     found: list[dict[str, Any]] = []
-    for size, rows, tokens in plan.sizes:
-        for adapters in plan.runs:
+    for size, rows, tokens, _, numbers in plan.sizes:
+        for adapters in numbers:
             batch = batch_of(rows * adapters, tokens, 0)
             del batch["labels"]
             names = [str(number) for number in range(adapters) for _ in range(rows)]

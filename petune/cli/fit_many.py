@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from petune.atomic import replacing_file
+from petune.callbacks import MemoryReport
 from petune.cli.arguments import resolve_recipes
 from petune.cli.errors import UsageError, one_line
 from petune.cli.quiet import quiet
@@ -28,7 +30,7 @@ _OWN = ("recipes", "ckpt_path")  # what a run's entry says besides the configura
 
 
 class _OneOfMany(PetuneCLI):
-    """`petune fit` with more callbacks."""
+    """`petune fit` with more callbacks, and without a report of memory and speed, which are no run's own."""
 
     def __init__(self, arguments: list[str], callbacks: list[Callback]) -> None:
         self._joined = callbacks
@@ -36,11 +38,38 @@ class _OneOfMany(PetuneCLI):
 
     def _missing_callbacks(self, given: list[Callback]) -> Iterator[Callback]:
         yield from self._joined
-        yield from super()._missing_callbacks(given)
+        yield from (one for one in super()._missing_callbacks(given) if not isinstance(one, MemoryReport))
 
     def before_fit(self) -> None:
         check_strategy(self.run_folder.name, self.trainer)
         super().before_fit()
+
+
+class _Row(Callback):
+    """A run's row in the display of all."""
+
+    def __init__(self, display: Progress, name: str) -> None:
+        self._display, self._name = display, name
+        self._task: TaskID | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        total = trainer.estimated_stepping_batches
+        self._task = self._display.add_task(self._name, total=None if total == float("inf") else total)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self._task is not None:
+            self._display.update(self._task, completed=trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._remove()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        if self._task is not None:
+            self._display.remove_task(self._task)
+            self._task = None
 
 
 def run_fit_many(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -61,7 +90,8 @@ def run_fit_many(options: argparse.Namespace, arguments: list[str]) -> int:
     common = resolve_recipes(arguments)
     console = Console()
     records: dict[str, dict[str, Any]] = {}
-    with quiet(), tempfile.TemporaryDirectory() as folder:
+    display = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with quiet(), tempfile.TemporaryDirectory() as folder, display:
         works: dict[str, Callable[[list[Callback]], Trainer]] = {}
         for name, entry in entries.items():
             digest = _digest(common, entry)
@@ -75,7 +105,7 @@ def run_fit_many(options: argparse.Namespace, arguments: list[str]) -> int:
                 records[name] = record
                 continue
             run_arguments = _arguments(name, entry, common, output, Path(folder), resume=options.resume)
-            works[name] = _work(run_arguments, output / name, digest)
+            works[name] = _work(run_arguments, output / name, digest, _Row(display, name))
 
         def end(result: RunResult) -> None:
             records[result.name] = record = _record(result, _digest(common, entries[result.name]))
@@ -140,10 +170,10 @@ def _arguments(
     return ["fit", *arguments, *(["--ckpt_path", checkpoint] if checkpoint else [])]
 
 
-def _work(arguments: list[str], folder: Path, digest: str) -> Callable[[list[Callback]], Trainer]:
+def _work(arguments: list[str], folder: Path, digest: str, row: Callback) -> Callable[[list[Callback]], Trainer]:
     def train(callbacks: list[Callback]) -> Trainer:
         _write_record(folder, {"digest": digest, "finished": False})
-        return _OneOfMany(arguments, callbacks).trainer
+        return _OneOfMany(arguments, [*callbacks, row]).trainer
 
     return train
 

@@ -248,7 +248,7 @@ def _notes(plan: Plan, runs: Sequence[Run]) -> list[str]:
         if joined:
             notes.append(
                 f"Runs of {', '.join(joined)} trained at the same time: their seconds are shares of the time of all, "
-                "and their own memory on a CPU is not known."
+                "and their own memory is not known."
             )
     if any(not run.chosen for run in runs):
         notes.append(

@@ -29,7 +29,7 @@ class _JoinedFit(MeasuredFit):
 def run_together(trials: Iterable[Trial], /) -> Iterator[tuple[Trial, str]]:
     """Those that can share a base at the same time, the others as `run_in_processes` does; see `Runner`.
 
-    The peak memory of a run on a CPU is not known then, and its seconds are its share of all. A crash of the process
+    The memory of a run is not known then, and its seconds are its share of all. A crash of the process
     ends all that train together; they go on from their checkpoints.
     """
     found = list(trials)

@@ -157,7 +157,8 @@ class MeasuredFit(PetuneCLI):
     def _record(self, metrics: dict[str, float]) -> Record:
         counts, device = count_parameters(self.model), self.model.device
         costs = [callback.report for callback in self.trainer.callbacks if isinstance(callback, MemoryReport)]  # pyright: ignore[reportAttributeAccessIssue]
-        saved = costs[0].get("saved_for_backward_bytes") if costs else None
+        alone = self.together == 1  # what a step takes together is no run's own
+        saved = costs[0].get("saved_for_backward_bytes") if costs and alone else None
         return Record(
             metrics=metrics,
             rows=self.stopwatch.rows,
@@ -165,7 +166,7 @@ class MeasuredFit(PetuneCLI):
             learning_rate=self.model.learning_rate,
             trainable_parameters=counts["trainable"],
             weights_bytes=_weights_bytes(self.run_folder / "adapter") or counts["trainable_bytes"],
-            peak_memory_bytes=self.stopwatch.peak_bytes,
+            peak_memory_bytes=self.stopwatch.peak_bytes if alone else None,
             memory=CUDA if device.type == "cuda" else RESIDENT,
             saved_for_backward_bytes=None if saved is None else int(saved),
             seconds=self.stopwatch.seconds / self.together,

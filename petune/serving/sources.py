@@ -106,9 +106,7 @@ class FolderTask:
         return Task(plain_config(config), base.get("fingerprint") or {}, run_labels(run), tensors)
 
     def attached(self, base: nn.Module) -> PeftModel:
-        config = self._config()
-        config.init_lora_weights = True  # nothing of it is used but its shape
-        model: Any = get_peft_model(base, config, low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
+        model: Any = get_peft_model(base, self._config(), low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
         return model
 
     def _config(self) -> LoraConfig:

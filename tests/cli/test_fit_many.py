@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,8 @@ def test_a_missing_file_and_a_missing_option_are_one_sentence(tmp_path, capsys):
     assert "--runs" in capsys.readouterr().err
 
 
-def test_an_unknown_setting_of_a_run_is_named_and_the_others_train(tiny_bert, reviews, tmp_path, capsys):
+def test_an_unknown_setting_of_a_run_is_named_and_the_others_train(tiny_bert, reviews, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, which has a bar for each run
     runs = {
         "good": {"recipes": "lora", "trainer": {"max_epochs": 1}},
         "bad": {"recipes": "lora", "model": {"ranks": 3}},
@@ -154,3 +156,4 @@ def test_an_unknown_setting_of_a_run_is_named_and_the_others_train(tiny_bert, re
     assert main(arguments(tiny_bert, reviews, write_runs(tmp_path, runs), tmp_path / "out")) == 1
     assert table(tmp_path / "out")["good"]["status"] == "finished"
     assert "there is no option 'ranks' here" in table(tmp_path / "out")["bad"]["status"]
+    assert re.search(r"good.*━.*\d+%", capsys.readouterr().out)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 import petune.many
 from petune.cli import main
@@ -50,12 +50,9 @@ def test_the_recipe_of_runs_that_the_readme_shows_trains(tiny_bert, files):  # n
 
 
 def test_the_python_of_the_readme_trains_mixes_and_serves(tiny_bert, files, capsys):  # noqa: F811
-    def base() -> torch.nn.Module:
-        return AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
-
     training, mixing, mixed_training, serving = blocks("python")
     batch = dict(AutoTokenizer.from_pretrained(tiny_bert)(TEXTS, padding=True, return_tensors="pt"))
-    names = {"encoder": str(tiny_bert), "base": base(), "batch": batch, "labels": torch.tensor([0, 1, 0])}
+    names = {"encoder": str(tiny_bert), "batch": batch, "labels": torch.tensor([0, 1, 0])}
     exec(training, names)
     assert {name: (result.error, result.steps) for name, result in names["results"].items()} == dict.fromkeys(
         COLUMNS, (None, 2)
@@ -69,7 +66,6 @@ def test_the_python_of_the_readme_trains_mixes_and_serves(tiny_bert, files, caps
     exec(mixed_training, names)
     moved = {key for key, p in names["model"].named_parameters() if p.grad is not None and p.grad.any()}
     assert all(any(f".{name}." in key for key in moved) for name in ("reviews", "topics"))
-    names["base"] = base()
     capsys.readouterr()
     exec(serving, names)
     label, resident, size = re.fullmatch(r"(\w+) (\[.*\]) (\d+)\n", capsys.readouterr().out).groups()

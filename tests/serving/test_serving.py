@@ -74,6 +74,7 @@ def test_float_factors_and_fused_parts_are_served_beside_packed_ones(tmp_path):
     server = AdapterServer(base(family="gpt2"), tasks)
     check(server, ["one", "whole", None, "float", "one"], "gpt2")  # "one" updates queries and values alone
     check(server, ["whole", None, "whole"], "gpt2")
+    check(server, ["one", None], "gpt2")
 
 
 def test_tasks_may_adapt_different_layers(tmp_path):
@@ -154,6 +155,14 @@ def test_an_answer_has_the_labels_of_its_task(tmp_path):
     assert not any(answer.isnan().any() for answer in answers)
     for names in (["five", "five"], ["the base's", "a pooler"], [None, "three"], ["quantised", None]):
         check(server, names)
+
+
+def test_quantised_heads_of_one_config_may_have_different_labels(tmp_path):
+    for labels in (3, 5):
+        fields = {"task_type": None, "bi_head": "classifier", "storage": "latent"}  # whose config has no layout
+        trained(seed=labels, labels=labels, **fields).save_pretrained(tmp_path / str(labels))
+    tasks = store(tmp_path, three=tmp_path / "3", five=tmp_path / "5")
+    check(AdapterServer(base(), tasks), ["three", "five", None])
 
 
 def nested(seed, labels=3, **fields):

@@ -78,16 +78,33 @@ def test_a_budget_that_is_too_small_loads_nothing(two):
             AdapterServer(base(), two, budget_bytes=budget)
 
 
-def test_a_damaged_task_is_refused_by_name_and_the_others_go_on(tmp_path, two):
-    content = bytearray(two.path.read_bytes())
-    position = content.rindex(bytes(two.read("two").tensors["base_model.model.petune_bilora_bits"].numpy()))
-    content[position + 4] ^= 1
-    (tmp_path / "damaged").write_bytes(content)
-    server = AdapterServer(base(), tmp_path / "damaged")
+def damaged(tasks, name):
+    """A copy of the store in which a bit of one task is another."""
+    content = bytearray(tasks.path.read_bytes())
+    codes = tasks.read(name).tensors["base_model.model.petune_bilora_bits"]
+    content[content.rindex(bytes(codes.numpy())) + 4] ^= 1
+    path = tasks.path.parent / "damaged"
+    path.write_bytes(content)
+    return path
+
+
+def test_a_damaged_task_is_refused_by_name_and_the_others_go_on(two):
+    server = AdapterServer(base(), damaged(two, "two"))
     for names in (["two"], ["one", "two", None]):
         with pytest.raises(ValueError, match="the task 'two' is damaged: it is not what was written; copy or write"):
             ask(server, *names)
     assert server.resident == ["one"]
+    assert works(server)
+
+
+def test_a_task_that_made_room_for_a_call_that_failed_is_let_go(tmp_path):
+    tasks = store(tmp_path, **{name: trained(seed=seed) for seed, name in enumerate(("one", "two", "three", "bad"))})
+    server = AdapterServer(base(), damaged(tasks, "bad"), budget_bytes=2 * tasks.bytes("one").total)
+    ask(server, "one", "two")
+    with pytest.raises(ValueError, match="the task 'bad' is damaged"):
+        ask(server, "three", "bad")
+    assert server.resident == ["two", "three"]
+    assert list(server._active) == ["two"]  # whose views hold its memory
     assert works(server)
 
 
@@ -260,6 +277,18 @@ def test_a_folder_that_cannot_be_served_is_refused_at_once(tmp_path, two):
         with pytest.raises(ValueError, match="which changes the base too; serve the adapter on a base of its own"):
             server.add("lora", tmp_path / "lora")
     assert server.names == ["one", "two"]
+    assert works(server)
+
+
+def test_a_folder_that_was_damaged_since_it_was_added_is_refused(tmp_path, two):
+    save_adapter(get_peft_model(base(), LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)), tmp_path / "lora")
+    server, weights = AdapterServer(base(), two), tmp_path / "lora" / "adapter_model.safetensors"
+    server.add("lora", tmp_path / "lora")
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: it is not the file that was exported"):
+        ask(server, "one", "lora")
     assert works(server)
 
 
