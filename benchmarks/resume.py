@@ -38,7 +38,7 @@ from benchmarks.common import environment, quieten
 RESULTS = Path(__file__).parent / "results" / "resume.json"
 POINTS = 20
 EPOCHS, ROWS, BATCH_SIZE = 3, 160, 8
-STEPS = EPOCHS * ROWS // BATCH_SIZE
+STEPS = EPOCHS * ROWS // BATCH_SIZE  # of one process; several take as many rows each
 WORDS = [f"w{number}" for number in range(40)]
 
 
@@ -184,21 +184,21 @@ def measure(points: int, processes: int, seed: int, folder: Path) -> dict[str, A
     arguments = prepare(folder)
     reference = Run(arguments, folder / "uninterrupted", processes)
     reference.finish()
-    rng = random.Random(seed)
+    rng, steps = random.Random(seed), STEPS // processes
     rows: list[dict[str, Any]] = []
     for number in range(points):
         run = Run(arguments, folder / f"point{number}", processes)
-        step, delay_s = rng.randrange(STEPS), rng.uniform(0, 0.1)
+        step, delay_s = rng.randrange(steps), rng.uniform(0, 0.1)
         saved = run.kill_after(step, delay_s)
         run.finish(*(["--ckpt_path=last"] if saved else []))
         rows.append({"asked_step": step, "saved_step": saved, "different": differences(run, reference)})
         print(
-            f"point {number + 1}: killed behind step {saved} of {STEPS}, different: {rows[-1]['different']}",
+            f"point {number + 1}: killed behind step {saved} of {steps}, different: {rows[-1]['different']}",
             flush=True,
         )
     return {
         "processes": processes,
-        "steps": STEPS,
+        "steps": steps,
         "points": rows,
         "gate": {"equal": sum(not row["different"] for row in rows), "of": points},
     }

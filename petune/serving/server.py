@@ -180,10 +180,10 @@ class AdapterServer:
     def _activate(self, names: list[str]) -> None:
         if self._closed:
             raise RuntimeError("the AdapterServer is closed; make another one.")
-        self._check_budget(names)
+        sizes = self._sizes(names)
         for name in names:
             if name not in self._resident:
-                task = self._read(name)
+                task = self._read(name, sizes[name])
                 self._make_room(task.size, names)
                 self._resident[name] = task.on(self._device)
                 self._bytes += task.size
@@ -193,11 +193,12 @@ class AdapterServer:
         held = self._resident
         self._active = {n: known.get(n) or held[n].layout.activate(held[n].tensors) for n in names}
 
-    def _check_budget(self, names: Sequence[str]) -> None:
-        sizes = {name: self._size(name) for name in names}
-        budget = self.budget_bytes
+    def _sizes(self, names: Sequence[str]) -> dict[str, int]:
+        """Bytes of each task, once it is known that the budget is enough for all of them."""
+        held, budget = self._resident, self.budget_bytes
+        sizes = {name: held[name].size if name in held else self._source(name).size for name in names}
         if budget is None or sum(sizes.values()) <= budget:
-            return
+            return sizes
         largest = max(sizes, key=lambda name: sizes[name])
         if sizes[largest] > budget:
             raise ValueError(
@@ -209,9 +210,6 @@ class AdapterServer:
             "give the server more, or ask for fewer tasks at once."
         )
 
-    def _size(self, name: str) -> int:
-        return self._resident[name].size if name in self._resident else self._source(name).size
-
     def _make_room(self, size: int, wanted: Sequence[str]) -> None:
         while self.budget_bytes is not None and self._bytes + size > self.budget_bytes:
             oldest = next(name for name in self._resident if name not in wanted)  # one is: all of wanted fit together
@@ -219,7 +217,7 @@ class AdapterServer:
             self._active.pop(oldest, None)
             self.evictions += 1
 
-    def _read(self, name: str) -> "_Resident":
+    def _read(self, name: str, size: int) -> "_Resident":
         source = self._source(name)
         task = source.read()
         compare_fingerprints(task.base, self._fingerprint, where=source.where)
@@ -228,7 +226,7 @@ class AdapterServer:
             layout.check(task.tensors)
         except ValueError as error:
             raise ValueError(f"{source.where} cannot be served: {error}") from error
-        return _Resident(layout, task.tensors, sum(tensor.nbytes for tensor in task.tensors.values()))
+        return _Resident(layout, task.tensors, size)
 
     def _layout(self, source: Source, task: Task) -> Layout:
         # the size of the codes beside the config: a quantised head has the task's labels
@@ -251,7 +249,7 @@ class _Resident(NamedTuple):
     layout: Layout
     tensors: dict[str, Tensor]
     size: int
-    """Bytes, as in the store."""
+    """Bytes in the store, or of its file."""
 
     def on(self, device: torch.device) -> "_Resident":
         return self._replace(tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})

@@ -90,13 +90,15 @@ class FolderTask:
 
     def __init__(self, directory: str | Path) -> None:
         self.folder = adapter_folder(directory)
-        task = self.read()
-        self.labels = task.labels
-        self.size = sum(tensor.nbytes for tensor in task.tensors.values())
+        self.labels = self.read().labels
 
     @property
     def where(self) -> str:
         return str(self.folder)
+
+    @property
+    def size(self) -> int:
+        return (self.folder / ADAPTER_WEIGHTS).stat().st_size  # the file's, a header more than the tensors
 
     def read(self) -> Task:
         config, run = self._config(), read_run(self.folder) or {}

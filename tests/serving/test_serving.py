@@ -5,7 +5,6 @@ import threading
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 
 from petune import BiLoraConfig
 from petune.export import save_adapter
@@ -134,6 +133,17 @@ def test_a_layer_that_the_operator_cannot_read_is_computed_task_by_task(tmp_path
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda *_: None)
     check(AdapterServer(own, tasks), ["two", "one", None, "two"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_answers_as_the_cpu(tmp_path):
+    tasks = store(tmp_path, **{name: trained(**fields) for name, fields in [*SHAPES.items(), *HEADS.items()]})
+    batch, names = BERT.inputs(batch_size=9), [*ROWS, "quantised"]
+    wanted = AdapterServer(base(), tasks).predict(batch, names)
+    for row, answer in zip(wanted, AdapterServer(base().cuda(), tasks).predict(batch, names), strict=True):
+        assert answer.is_cuda
+        assert relative_error(answer.cpu(), row) < TOLERANCE[torch.float32]
 
 
 # --- heads -----------------------------------------------------------------------------------------------------------
@@ -271,7 +281,7 @@ def logits_of(model, batch):
 def test_a_lora_that_was_evicted_is_read_from_its_folder_again(tmp_path):
     lora(seed=2, r=4).save_pretrained(tmp_path / "lora")
     tasks = store(tmp_path, one=trained(seed=1))
-    size = sum(tensor.nbytes for tensor in load_file(tmp_path / "lora" / "adapter_model.safetensors").values())
+    size = (tmp_path / "lora" / "adapter_model.safetensors").stat().st_size
     server = AdapterServer(base(), tasks, budget_bytes=size)
     server.add("lora", tmp_path / "lora")
     batch = BERT.inputs(batch_size=2)
