@@ -36,8 +36,8 @@ types: $(READY)
 notebooks: $(READY)  ## run every notebook from top to bottom
 	$(BIN)/python -m pytest -n 2 notebooks
 
-peft-suite: $(READY)  ## PEFT's own tests, with our methods in the place of its LoRA
-	$(BIN)/python tests/adapters/peft_suite/run.py -n 2
+peft-suite: $(READY)  ## PEFT's own tests, with our methods in the place of its LoRA; EVERY=2 runs half of them
+	$(BIN)/python tests/adapters/peft_suite/run.py -n 2 --every $(or $(EVERY),1)
 
 # the libraries stand aside: transformers imports those that it finds, which takes every process of the tests two seconds
 quantised: $(READY)  ## the methods on bases of bitsandbytes and torchao

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         tests = unpack(sdist, Path(folder))
         files = [name for name in FILES if (tests / name).exists()]
-        result = run(tests, arguments.files or files, arguments.n, arguments.control)
+        result = run(tests, arguments.files or files, arguments.n, arguments.control, arguments.every)
     expected = [name for name in result["failed"] if name.partition("[")[0].partition("::")[2] in BY_DESIGN]
     surprises = [name for name in result["failed"] if arguments.control or name not in expected]
     print(f"passed {result['passed']} · failed {len(surprises)} · different by design {len(expected)}", end=" · ")
@@ -121,12 +121,13 @@ def _with_our_rows(source: str) -> str:
     return "".join(lines)
 
 
-def run(tests: Path, files: list[str], workers: int, control: bool) -> dict[str, Any]:
+def run(tests: Path, files: list[str], workers: int, control: bool, every: int = 1) -> dict[str, Any]:
     """Run the files by pytest in a process of their own; the counts, the failures and the reasons for skips."""
     result = tests.parent / "result.json"
     path = os.pathsep.join([str(tests.parent), str(ROOT)])  # `tests` is one namespace package over both folders
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"PETUNE_SUITE_RESULT": str(result), "PETUNE_SUITE_CONTROL": str(int(control))}
+    environment["PETUNE_SUITE_EVERY"] = str(every)
     options = [
         "--timeout=60",
         "-c",
@@ -160,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("files", nargs="*", help="some of PEFT's test files; default: all that apply")
     parser.add_argument("--sdist", type=Path, help="peft-<version>.tar.gz; default: fetched by pip")
     parser.add_argument("--control", action="store_true", help="PEFT's own LoRA, to tell its failures from ours")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="one of N tests, drawn by their names")
     parser.add_argument("-n", type=int, default=2, help="processes")
     return parser
 
