@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer import call
 from peft import PeftModel
@@ -39,7 +39,7 @@ class ManyRun:
     data: Any
     """Data module or loader, as `Trainer.fit` takes it."""
     trainer: L.Trainer
-    """With the run's own folder, callbacks, loggers and length."""
+    """With the run's own folder, callbacks, loggers and length; a progress bar is left out among others."""
     seed: int | None = 0
     """For `lightning.seed_everything`; None to go on from the state that the generators have."""
     ckpt_path: str | None = None
@@ -49,7 +49,10 @@ class ManyRun:
         if self.seed is not None:
             L.seed_everything(self.seed, verbose=False)
         trainer: Any = self.trainer
-        trainer.callbacks = [*callbacks, *trainer.callbacks]
+        own = trainer.callbacks
+        if callbacks:  # several bars on one terminal write over each other, and Rich allows only one
+            own = [callback for callback in own if not isinstance(callback, ProgressBar)]
+        trainer.callbacks = [*callbacks, *own]
         data: Any = self.data
         kwargs = {"datamodule": data} if isinstance(data, L.LightningDataModule) else {"train_dataloaders": data}
         trainer.fit(self.task, **kwargs, ckpt_path=self.ckpt_path)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
 
 from petune.many import fit_many
 from tests.conftest import TOLERANCE, relative_error
@@ -66,6 +66,13 @@ def test_each_family_learns_together_what_it_learns_alone(family, head, task_typ
     assert all(result.error is None for result in fit_many(runs).values())
     for index in range(2):
         assert_alike(runs[str(index)].task, alone(one("alone", index)))
+
+
+def test_runs_whose_trainers_have_a_progress_bar_train_without_it(tmp_path):
+    runs = {str(index): run(tmp_path / str(index), Learner(lora()), rows(count=4)) for index in range(2)}
+    for one in runs.values():
+        one.trainer.callbacks.append(RichProgressBar())  # as Lightning adds by itself
+    assert [result.error for result in fit_many(runs).values()] == [None, None]
 
 
 def test_runs_of_different_length_leave_and_others_enter(tmp_path):
