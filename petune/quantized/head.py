@@ -33,12 +33,16 @@ class QuantizedHead(ModulesToSaveWrapper):
         super().update(adapter_name, **kwargs)
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Nothing: the tuner keeps it with its own weights."""
-        return {}
+        """Nothing, as the tuner keeps it with its own weights; the weight itself where it is not quantised."""
+        return {} if self._is_the_tuners(adapter_name) else super().adapter_state_dict(adapter_name, state_dict)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Nothing, for the same reason."""
-        return {}
+        """As `adapter_state_dict`."""
+        return {} if self._is_the_tuners(adapter_name) else super().adapter_state_dict_load_map(adapter_name)
+
+    def _is_the_tuners(self, adapter_name: str) -> bool:
+        head: Any = self.modules_to_save[adapter_name] if adapter_name in self.modules_to_save else None
+        return head is None or head.quantization.active
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> nn.Module:
         """The active adapter's head as a plain Linear; the model's own where no adapter is active."""

@@ -258,6 +258,15 @@ def test_a_quantised_head_replaces_the_classifier_and_is_packed_with_the_rest(ta
         assert torch.equal(output(model, batch), output(build("bert"), batch))
 
 
+def test_a_head_that_is_not_quantised_is_saved_too(tmp_path):
+    batch = inputs("bert")
+    model = headed(bits=32, task_type="SEQ_CLS")
+    train(model, batch)
+    expected = output(model, batch)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(loaded(tmp_path), batch), expected)
+
+
 @pytest.mark.parametrize("storage", ["packed", "latent"])
 def test_adapters_switch_their_heads_with_them(storage, tmp_path):
     batch = inputs("bert")
