@@ -41,8 +41,10 @@ class QuantizedHead(ModulesToSaveWrapper):
         return {} if self._is_the_tuners(adapter_name) else super().adapter_state_dict_load_map(adapter_name)
 
     def _is_the_tuners(self, adapter_name: str) -> bool:
-        head: Any = self.modules_to_save[adapter_name] if adapter_name in self.modules_to_save else None
-        return head is None or head.quantization.active
+        if adapter_name not in self.modules_to_save:
+            return True
+        head: Any = self.modules_to_save[adapter_name]
+        return head.quantization.active
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> nn.Module:
         """The active adapter's head as a plain Linear; the model's own where no adapter is active."""
