@@ -87,7 +87,7 @@ def time_prefix(lowest: int, smoke: bool) -> dict[str, Any]:
         config = FusedLoraConfig(r=8, target_modules=["query", "value"], layers_to_transform=upper)
         return get_peft_model(base, config)
 
-    return time_epochs(replace(SMOKE, texts=32) if smoke else Plan(), adapt)
+    return time_epochs(replace(SMOKE, texts=32) if smoke else Plan(texts=320), adapt)
 
 
 PARTS = {"memory": measure_memory, "prefix": measure_prefix}
