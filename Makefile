@@ -36,7 +36,7 @@ types: $(READY)
 notebooks: $(READY)  ## run every notebook from top to bottom
 	$(BIN)/python -m pytest -n 2 notebooks
 
-peft-suite: $(READY)  ## PEFT's own tests, with our methods in the place of its LoRA; EVERY=2 runs half of them
+peft-suite: $(READY)  ## PEFT's own tests, with our methods in the place of its LoRA; EVERY=4 runs a fourth of them
 	$(BIN)/python tests/adapters/peft_suite/run.py -n 2 --every $(or $(EVERY),1)
 
 # the libraries stand aside: transformers imports those that it finds, which takes every process of the tests two seconds

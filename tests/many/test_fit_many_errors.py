@@ -168,8 +168,12 @@ def test_an_interrupt_stops_every_run_and_their_checkpoints_stay(tmp_path):
 
     first = run(tmp_path / "0", Learner(lora()), rows(count=12), batch=1, callbacks=(Interrupt(), Watch()))
     second = run(tmp_path / "1", Learner(lora()), rows(count=12), batch=1, callbacks=(Watch(),))
-    with pytest.raises(KeyboardInterrupt):
-        fit_many({"0": first, "1": second})
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs, and Lightning, ignore
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit_many({"0": first, "1": second})
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [name for _, name in seen] == ["RunStoppedError"] * 2
     assert {step for step, _ in seen} <= {2, 3, 4}
 
