@@ -66,7 +66,7 @@ class Plan:
         ("large", 16, 64, 6, (1, 4)),
     )
     """Name, rows and tokens a row of one run's step, steps, and numbers of runs."""
-    rounds: int = 5
+    rounds: int = 3
     memory_runs: tuple[int, ...] = (1, 8)
     adapters: tuple[int, ...] = (1, 8, 64)
     rows: int = 64

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,9 +22,20 @@ COMPARED = [(strategy, name) for strategy, name in runs.PLACES if name not in ru
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, worker_id):
     """What one process wrote, in one/, and two, in ddp/ and fsdp2/; results in rank0.json and rank1.json."""
-    folder = tmp_path_factory.mktemp("distributed")
+    here = tmp_path_factory.getbasetemp()
+    here = here if worker_id == "master" else here.parent  # the workers of xdist share what takes a minute
+    folder = here / "distributed"
+    with filelock.FileLock(here / "distributed.lock"):
+        if not (folder / "rank1.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            _train(folder)
+    return folder
+
+
+def _train(folder: Path) -> None:
     losses = {name: runs.fit(setting, folder / "one" / name).losses for name, setting in runs.SETTINGS.items()}
     (folder / "one.json").write_text(json.dumps(losses))
     with socket.socket() as free:
@@ -42,7 +55,6 @@ def folder(tmp_path_factory):
             process.kill()
             log.close()
     assert codes == [0, 0], (folder / "rank0.log").read_text()[-3000:]
-    return folder
 
 
 @pytest.fixture(scope="module")
