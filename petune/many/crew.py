@@ -49,9 +49,9 @@ class Member:
     """Work that runs in a thread of its own, by turns with the owner's.
 
     The owner calls `advance`, which returns when the work calls `pause` or ends. Nothing else runs in between, so the
-    work needs no locks. Torch has one thread in a member's, and all of them in the owner's: two pools of threads that
-    wait for work by turns take twice the time of one (2 cores, torch 2.13). Each member has its own state of the global random generators, so it draws what it would draw
-    alone, and, being a thread, its own modes of autograd and autocast.
+    work needs no locks. Each member has its own state of the global random generators, so it draws what it would draw
+    alone, and, being a thread, its own modes of autograd and autocast. Torch has one thread in a member's, and all of
+    them in the owner's: pools of threads that wait for work by turns take twice the time of one (2 cores, torch 2.13).
 
     Args:
         name: of the thread.
