@@ -216,9 +216,15 @@ def all_cores() -> None:
 
 def _peak(way: str, runs: int, rows: int, tokens: int, steps: int) -> tuple[int, int]:
     all_cores()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _largest_mib()
     train_seconds(way, runs, rows, tokens, steps)
-    return before // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return before, _largest_mib()
+
+
+def _largest_mib() -> int:
+    """Peak resident MiB of this process; not by ru_maxrss, which starts at the size of the parent."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) // 1024
 
 
 def adapted(config: Callable[[], LoraConfig], adapters: int) -> PeftModel:
