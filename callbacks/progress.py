@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 from typing_extensions import override
 
-_SHORTEST_S = 0.1  # between two updates: what they show takes half a millisecond to find, and an eye no less
+_SHORTEST_S = 0.1  # between two updates: an eye sees no more, and finding what they show takes time of every step
 
 
 class ProgressBar(RichProgressBar):
