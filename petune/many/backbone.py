@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase as _BatchNorm
 
 from petune.adapters.lora import unfuse
 from petune.kernels.grouped_lora import RowGroups, grouped_lora
@@ -111,6 +112,8 @@ class JointBackbone:
         frozen |= {id(buffer): buffer for buffer in body.buffers()}
         self.model = _without_adapters(copy.deepcopy(body, frozen))
         repeats = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        self.deviates = repeats or any(isinstance(one, _BatchNorm) for one in self.model.modules())
+        """Whether a run's own model in training is something else: with dropout, or with statistics of its batch."""
         self.has_dropout = not repeats and any(rate > 0.0 for *_, rate in _dropouts(self.model))
         """Whether the base's own dropout is on; not where layers run again in backward, and would draw again."""
         (_prepare_to_repeat if repeats else _prepare)(self.model)
@@ -227,7 +230,7 @@ def _prepare(body: nn.Module) -> None:
     """Training mode, but no running statistics that move."""
     body.train()
     for module in body.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
+        if isinstance(module, _BatchNorm):
             module.eval()
 
 

@@ -49,6 +49,11 @@ class Span(NamedTuple):
     padded: int
     """Of the joint ones."""
 
+    @classmethod
+    def of(cls, call: Call) -> "Span":
+        """A call by itself."""
+        return cls(0, call.rows, call.length, call.length)
+
 
 def read_call(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
     """A call of `forward`, a plain function, with these arguments."""
@@ -94,8 +99,7 @@ def merge(calls: Sequence[Call]) -> tuple[dict[str, Any], list[Span]]:
     Sequences are padded on the right with zeros, and an attention mask hides what is padded.
     """
     if len(calls) == 1:
-        call = calls[0]
-        return call.arguments, [Span(0, call.rows, call.length, call.length)]
+        return calls[0].arguments, [Span.of(calls[0])]
     longest = max(call.length for call in calls)
     names = dict.fromkeys(name for call in calls for name in call.arguments)
     if calls[0].can_pad and len({call.length for call in calls}) > 1:

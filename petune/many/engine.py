@@ -1,6 +1,6 @@
 """Rounds of joint training steps: which runs take part, the joint forward, and the joint backward."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from petune.many.backbone import JointBackbone, Part, Plan
-from petune.many.calls import Call, JointOutput, forward_of, kind_of, merge, read_call
+from petune.many.calls import Call, JointOutput, Span, forward_of, kind_of, merge, read_call
 from petune.many.crew import Member
 
 
@@ -17,10 +17,21 @@ class Forward(NamedTuple):
     """A member asks for the output of its backbone."""
 
     call: Call
+    alone: Callable[..., Any]
+    """The forward of its own model's backbone."""
 
 
 class Backward(NamedTuple):
     """A member has propagated its loss to the backbone's output."""
+
+
+class _Part(NamedTuple):
+    """Part of an output."""
+
+    output: JointOutput
+    plan: Plan | None
+    """Of the joint call; None where the run's own model made it."""
+    index: int
 
 
 @dataclass(eq=False)
@@ -32,8 +43,8 @@ class Trainee:
     """What it waits for; None when it has ended."""
     steps: int = 0
     """Rounds that it took part in."""
-    outputs: list[tuple[JointOutput, Plan, int]] = field(default_factory=lambda: list[tuple[JointOutput, Plan, int]]())
-    """Joint outputs of this round that it has a part of, and which part."""
+    outputs: list[_Part] = field(default_factory=lambda: list[_Part]())
+    """What it was given in this round."""
 
     @property
     def name(self) -> str:
@@ -65,9 +76,15 @@ class Engine:
         self.largest_round = 0
         """Members in the largest round so far."""
 
-    def ask(self, member: Member, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The backbone's output for a member's batch; for the member's own thread."""
-        return member.pause(Forward(read_call(forward_of(body), args, kwargs)))
+    def ask(
+        self, member: Member, body: nn.Module, alone: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The backbone's output for a member's batch; for the member's own thread.
+
+        Args:
+            alone: the backbone's own forward.
+        """
+        return member.pause(Forward(read_call(forward_of(body), args, kwargs), alone))
 
     def start(self, member: Member) -> Trainee:
         """Let a member run to its first training step."""
@@ -125,7 +142,7 @@ class Engine:
     def _forward(self, group: Sequence[Trainee]) -> None:
         states = [trainee.member.random for trainee in group]
         try:
-            output = self._joint_output(group)
+            output = self._output(group)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise  # no run's own fault, and nothing that one run less would mend for sure
         except Exception as error:
@@ -139,28 +156,35 @@ class Engine:
         for trainee, part in zip(group, output.parts, strict=True):
             trainee.advance(part)
 
-    def _joint_output(self, group: Sequence[Trainee]) -> JointOutput:
+    def _output(self, group: Sequence[Trainee]) -> JointOutput:
         assert self.joint is not None
-        calls = [trainee.request.call for trainee in group if isinstance(trainee.request, Forward)]
-        arguments, spans = merge(calls)
-        plan = Plan([Part(trainee.member, span) for trainee, span in zip(group, spans, strict=True)])
+        requests = [trainee.request for trainee in group if isinstance(trainee.request, Forward)]
+        call, *others = calls = [request.call for request in requests]
+        plan = None
+        if others or self.joint.deviates:
+            arguments, spans = merge(calls)
+            plan = Plan([Part(trainee.member, span) for trainee, span in zip(group, spans, strict=True)])
+            forward, context = self.joint.model, self.joint.running(plan)
+        else:  # nobody to share a pass with: the run's own model takes it as fast as it trains alone
+            arguments, spans = call.arguments, [Span.of(call)]
+            forward, context = requests[0].alone, group[0].generators()
         device = next(value for value in arguments.values() if isinstance(value, torch.Tensor)).device.type
-        autocast = calls[0].autocast
-        with self.joint.running(plan), torch.autocast(device, autocast) if autocast else nullcontext():
-            output = JointOutput(self.joint.model(**arguments), spans)
+        with context, torch.autocast(device, call.autocast) if call.autocast else nullcontext():
+            output = JointOutput(forward(**arguments), spans)
         for index, trainee in enumerate(group):
-            trainee.outputs.append((output, plan, index))
+            trainee.outputs.append(_Part(output, plan, index))
         return output
 
     def _backward(self, trainees: Sequence[Trainee]) -> None:
         assert self.joint is not None
-        plans: dict[JointOutput, tuple[Plan, list[bool]]] = {}
+        found: dict[JointOutput, tuple[Plan | None, list[bool]]] = {}
         for trainee in trainees:
             for output, plan, index in trainee.outputs:
-                _, wanted = plans.setdefault(output, (plan, [False] * len(output.spans)))
+                _, wanted = found.setdefault(output, (plan, [False] * len(output.spans)))
                 wanted[index] = True
-        for output, (plan, wanted) in plans.items():
-            with self.joint.running(plan):  # activation checkpointing runs layers again
+        for output, (plan, wanted) in found.items():
+            # activation checkpointing runs layers again
+            with nullcontext() if plan is None else self.joint.running(plan):
                 output.backward(wanted)
 
 

@@ -184,7 +184,7 @@ class _JoinedSteps(Callback):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if body.training and torch.is_grad_enabled():
-                return self._engine.ask(self._member, body, args, kwargs)
+                return self._engine.ask(self._member, body, alone, args, kwargs)
             return alone(*args, **kwargs)
 
         self._body = body

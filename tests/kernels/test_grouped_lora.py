@@ -33,6 +33,8 @@ from tests.kernels.operands import kept_tensors
 
 OPS = torch.ops.petune
 FP32 = torch.float32
+ANY_RANKS = pytest.mark.parametrize("ranks", [RANKS, (4,) * 5], ids=["ranks differ", "one rank"])
+"""Adapters of one rank with equally many rows are one batched product."""
 
 
 # --- the formula ---------------------------------------------------------------------------------------------------
@@ -41,8 +43,9 @@ FP32 = torch.float32
 @pytest.mark.parametrize("per_row", [1, 13])
 @pytest.mark.parametrize("ids", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16, torch.float16], ids=str)
-def test_output_and_gradients_match_a_loop_in_float64(dtype, ids, per_row):
-    tensors = batch(7, per_row, dtype=dtype)
+@ANY_RANKS
+def test_output_and_gradients_match_a_loop_in_float64(ranks, dtype, ids, per_row):
+    tensors = batch(7, per_row, dtype=dtype, ranks=ranks)
     exact = in_double(tensors)
     for out, peer, expected in zip(
         gradients(grouped(tensors, ids), tensors),
@@ -132,7 +135,7 @@ def test_in_place_operators_may_follow():
 @given(
     ids=st.lists(st.integers(-1, 3), max_size=9),
     per_row=st.integers(0, 5),
-    ranks=st.lists(st.integers(1, 6), min_size=4, max_size=4),
+    ranks=st.lists(st.integers(1, 3), min_size=4, max_size=4),
 )
 def test_any_batch_matches_the_loop(ids, per_row, ranks):
     tensors = in_double(batch(len(ids), per_row, ranks=tuple(ranks), in_features=5, out_features=4))
@@ -149,8 +152,9 @@ def test_any_batch_matches_the_loop(ids, per_row, ranks):
 @pytest.mark.parametrize("where", ["a", "b", "x", "dy"])
 @pytest.mark.parametrize("ids", [ROWS["sorted"], ROWS["scattered"]], ids=["sorted", "scattered"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_a_non_finite_adapter_or_row_changes_no_bit_of_another(dropout_p, ids, where, value):
-    tensors, dy = batch(7, 3), torch.randn(7, 3, OUT)
+@ANY_RANKS
+def test_a_non_finite_adapter_or_row_changes_no_bit_of_another(ranks, dropout_p, ids, where, value):
+    tensors, dy = batch(7, 3, ranks=ranks), torch.randn(7, 3, OUT)
 
     def run() -> list[Tensor]:
         return gradients(grouped(tensors, ids, dropout_p=dropout_p, seeds=range(5)), tensors, dy)
@@ -178,8 +182,9 @@ def drawn(seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("ids", [ROWS["beside each other"], ROWS["scattered"]], ids=["beside", "scattered"])
-def test_each_adapter_gets_what_lora_linear_gives_its_rows_alone(ids):
-    tensors, dy = batch(7, 13), torch.randn(7, 13, OUT)
+@ANY_RANKS
+def test_each_adapter_gets_what_lora_linear_gives_its_rows_alone(ranks, ids):
+    tensors, dy = batch(7, 13, ranks=ranks), torch.randn(7, 13, OUT)
     dropout_p = (0.3, 0.0, 0.5, 0.2, 0.1)
     ours = gradients(grouped(tensors, ids, dropout_p=dropout_p, seeds=[drawn(i) for i in range(5)]), tensors, dy)
     x, weight, bias, a, b = tensors
@@ -332,22 +337,32 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operators(ids, dropout_p=0.0) -> list[str]:
-    x, weight, bias, a, b = detached(batch(7, 2))
-    order, offsets = RowGroups.of(ids, 5).sorted_on(x.device)
-    seeds = torch.arange(5) if dropout_p else None
-    layout = SCALES, order, offsets, [dropout_p] * 5, seeds, None
+def operators(ids, ranks=RANKS) -> list[str]:
+    x, weight, bias, a, b = detached(batch(len(ids), 2, ranks=ranks))
+    order, offsets = RowGroups.of(ids, len(ranks)).sorted_on(x.device)
+    layout = (1.0,) * len(ranks), order, offsets, [0.0] * len(ranks), None, None
     with Operators() as log:
         y, s = reference.forward(x, weight, bias, a, b, *layout, FP32)
-        reference.backward(y, x, s, weight, a, b, *layout, True, [True] * 5, [True] * 5)
+        reference.backward(y, x, s, weight, a, b, *layout, True, [True] * len(ranks), [True] * len(ranks))
     return log.names
+
+
+def products(names: list[str]) -> int:
+    """But for the two of the base."""
+    return sum(map(names.count, ("mm", "addmm", "linear", "bmm", "baddbmm_"))) - 2
 
 
 def test_rows_beside_each_other_are_views_and_take_two_skinny_products_forward_and_four_backward():
     names = operators(ROWS["sorted"])
     assert not {"index_select", "index_copy_", "clone", "_to_copy"} & {*names}
-    assert names.count("mm") + names.count("addmm_") + names.count("addmm") + names.count("linear") == 2 + 5 * (2 + 4)
+    assert products(names) == 5 * (2 + 4)
     assert operators(ROWS["scattered"]).count("index_select") == 3  # x twice and dy
+
+
+@pytest.mark.parametrize("order", [[*range(16)], [*range(0, 16, 2), *range(1, 16, 2)]], ids=["sorted", "scattered"])
+def test_adapters_of_one_rank_and_as_many_rows_take_no_more_products_than_one(order):
+    assert products(operators([row // 2 for row in order], (4,) * 8)) == 2 + 4
+    assert products(operators([row // 2 for row in order], (4,) * 4 + (2,) * 4)) == 2 * (2 + 4)
 
 
 # --- what is kept for backward -------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Rows of one adapter that lie beside each other are a view; only where an adapter
 gathered, once. No product ever has tokens of two adapters: 0 · NaN is NaN, and one adapter's must not reach another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -32,14 +32,14 @@ def forward(
     y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
     s = rows.new_zeros(len(rows), max(t.shape[0] for t in a) if keeps_s else 0)
     masks = _Masks(dropout_p, seeds, token_index, layout)
-    for part in layout.parts:
-        own, scale = rows[part.tokens], scales[part.adapter]
-        if (mask := masks.of(part, own)) is not None:
-            own, scale = mask.mul_(own), scale / masks.mean(part)
-        down = own @ a[part.adapter].to(dtype).T
+    for block in layout.blocks(a, b):
+        own = block.split(rows[block.tokens])
+        if (mask := masks.of(block, own)) is not None:
+            own = mask.mul_(own)
+        down = own @ block.stack(a, dtype).mT
         if keeps_s:
-            s[part.places, : down.shape[1]] = down
-        y[part.tokens].addmm_(down, b[part.adapter].to(dtype).T, alpha=scale)
+            s[block.places, : block.rank] = down.flatten(0, 1)
+        block.split(y[block.tokens]).baddbmm_(down * block.scales(scales, masks, down), block.stack(b, dtype).mT)
     return in_shape_of(x, layout.put_back(y)), s
 
 
@@ -62,24 +62,26 @@ def backward(
     db = torch.zeros(out_features * sum(ranks) if any(needs_b) else 0, dtype=widest(b), device=dy.device)
     starts = [0, *accumulate(ranks)]
     masks = _Masks(dropout_p, seeds, token_index, layout)
-    for part in layout.parts:
-        i, begin, end = part.adapter, starts[part.adapter], starts[part.adapter + 1]
-        dtype = torch.promote_types(rows.dtype, a[i].dtype)
-        own, scale = rows[part.tokens].to(dtype), scales[i] / masks.mean(part)
-        if needs_b[i]:
+    for block in layout.blocks(a, b):
+        begin, end = starts[block.adapters.start], starts[block.adapters.stop]
+        wants_a, wants_b = any(needs_a[i] for i in block.adapters), any(needs_b[i] for i in block.adapters)
+        dtype = torch.promote_types(rows.dtype, a[block.adapters.start].dtype)
+        own = block.split(rows[block.tokens]).to(dtype)
+        scale = block.scales(scales, masks, own)
+        if wants_b:
             assert s is not None
             # the long axis of a skinny product goes last: MKL takes a tenth of the time for (sᵀ dy)ᵀ of that for dyᵀ s
-            product = (s[part.places, : ranks[i]].to(dtype).T @ own).mul_(scale)
-            db[out_features * begin : out_features * end].view(out_features, -1).copy_(product.T)
-        if needs_a[i] or needs_dx:
-            ds = (b[i].to(dtype).T @ own.T).mul_(scale)  # [rank, tokens]
-            mask = masks.of(part, own, in_features)
-            if needs_a[i]:
+            product = (block.split(s[block.places, : block.rank]).to(dtype).mT @ own).mul_(scale)
+            db[out_features * begin : out_features * end].view_as(product.mT).copy_(product.mT)
+        if wants_a or needs_dx:
+            ds = (block.stack(b, dtype).mT @ own.mT).mul_(scale)  # [adapters, rank, tokens of each]
+            mask = masks.of(block, own, in_features)
+            if wants_a:
                 assert x_rows is not None
-                dropped = x_rows[part.tokens].to(dtype)
-                da[begin:end] = ds @ (dropped if mask is None else mask * dropped)
+                dropped = block.split(x_rows[block.tokens]).to(dtype)
+                da[begin:end] = (ds @ (dropped if mask is None else mask * dropped)).flatten(0, 1)
             if needs_dx:
-                _add_low_rank(dx[part.tokens], ds.T, a[i], mask)
+                _add_low_rank(block.split(dx[block.tokens]), ds.mT, block.stack(a, dx.dtype), mask)
     return layout.put_back(dx).view(*dy.shape[:-1], in_features) if needs_dx else dx, da, db
 
 
@@ -109,9 +111,9 @@ def widest(factors: Sequence[Tensor]) -> torch.dtype:
 
 def _add_low_rank(dx: Tensor, ds: Tensor, a: Tensor, mask: Tensor | None) -> None:
     """dx += m ⊙ (ds A); the mask is used up."""
-    ds, a = ds.to(dx.dtype), a.to(dx.dtype)
+    ds = ds.to(dx.dtype)
     if mask is None:
-        dx.addmm_(ds, a)
+        dx.baddbmm_(ds, a)
     else:
         dx += mask.to(dx.dtype).mul_(ds @ a)
 
@@ -124,6 +126,33 @@ class _Part(NamedTuple):
     """Where they lie in x, or in its gathered copy."""
     places: slice
     """Where they lie in the order of the adapters."""
+
+    @property
+    def size(self) -> int:
+        return self.tokens.stop - self.tokens.start
+
+
+class _Block(NamedTuple):
+    """Adapters of one rank and dtype whose tokens are as many and lie one after the other: one batched product."""
+
+    adapters: range
+    rank: int
+    tokens: slice
+    places: slice
+
+    def split(self, rows: Tensor) -> Tensor:
+        """[adapters, tokens of each, features], a view of the block's rows."""
+        return rows.unflatten(0, (len(self.adapters), -1))
+
+    def stack(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """[adapters, …] of the block's factors; a view of the only one."""
+        own = factors[self.adapters.start : self.adapters.stop]
+        return (own[0].unsqueeze(0) if len(own) == 1 else torch.stack(tuple(own))).to(dtype)
+
+    def scales(self, scales: Sequence[float], masks: "_Masks", like: Tensor) -> float | Tensor:
+        """scale_l/q_l, one number where all have the same, else [adapters, 1, 1] on the device of `like`."""
+        found = [scales[i] / masks.mean(i) for i in self.adapters]
+        return found[0] if len(set(found)) == 1 else like.new_tensor(found).view(-1, 1, 1)
 
 
 class _Layout(NamedTuple):
@@ -149,6 +178,26 @@ class _Layout(NamedTuple):
             return cls(parts, None)
         return cls(parts, (order.unsqueeze(1) * per_row + torch.arange(per_row, device=order.device)).flatten())
 
+    def blocks(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Iterator[_Block]:
+        """The parts, as many at a time as can be."""
+        block, last = None, None
+        for part in self.parts:
+            i = part.adapter
+            kind = a[i].shape, a[i].dtype, b[i].dtype, part.size
+            if block is not None and last == (kind, i - 1, part.tokens.start):
+                block = block._replace(
+                    adapters=range(block.adapters.start, i + 1),
+                    tokens=slice(block.tokens.start, part.tokens.stop),
+                    places=slice(block.places.start, part.places.stop),
+                )
+            else:
+                if block is not None:
+                    yield block
+                block = _Block(range(i, i + 1), len(a[i]), part.tokens, part.places)
+            last = kind, i, part.tokens.stop
+        if block is not None:
+            yield block
+
     def gathered(self, x: Tensor) -> Tensor:
         """The tokens of x, [tokens, features], where `tokens` of the parts says."""
         rows = x.reshape(-1, x.shape[-1])
@@ -172,18 +221,24 @@ class _Masks:
             token_index = token_index.index_select(0, layout.gather)
         self._token_index = token_index
 
-    def mean(self, part: _Part) -> float:
+    def mean(self, adapter: int) -> float:
         """q_l, 1 where nothing is dropped."""
-        mask = self._masks[part.adapter]
+        mask = self._masks[adapter]
         return mask.keep_probability if mask else 1.0
 
-    def of(self, part: _Part, rows: Tensor, features: int | None = None) -> Tensor | None:
-        """m_l, [tokens, features], dtype of rows, the tokens of the part; None where nothing is dropped."""
-        mask = self._masks[part.adapter]
-        if mask is None:
+    def of(self, block: _Block, rows: Tensor, features: int | None = None) -> Tensor | None:
+        """m_l, [adapters, tokens of each, features], dtype of rows; None where none of the block drops anything."""
+        if all(self._masks[i] is None for i in block.adapters):
             return None
-        width = rows.shape[1] if features is None else features
-        if self._token_index is None:
-            return keep_mask(len(rows), width, mask, rows.dtype)
-        index = self._token_index[part.tokens].long()
-        return keep_mask(int(index.max()) + 1, width, mask, rows.dtype).index_select(0, index)
+        each, width = rows.shape[1], rows.shape[2] if features is None else features
+        found: list[Tensor] = []
+        for number, i in enumerate(block.adapters):
+            mask, first = self._masks[i], block.tokens.start + number * each
+            if mask is None:
+                found.append(rows.new_ones(each, width))
+            elif self._token_index is None:
+                found.append(keep_mask(each, width, mask, rows.dtype))
+            else:
+                index = self._token_index[first : first + each].long()
+                found.append(keep_mask(int(index.max()) + 1, width, mask, rows.dtype).index_select(0, index))
+        return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
