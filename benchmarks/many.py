@@ -62,6 +62,7 @@ class Plan:
     """How much is measured."""
 
     sizes: tuple[tuple[str, int, int, int, tuple[int, ...]], ...] = (
+        ("tiny", 1, 16, 12, (1, 2, 4, 8, 16, 32)),
         ("small", 2, 16, 12, (1, 2, 4, 8, 16)),
         ("large", 16, 64, 6, (1, 4)),
     )

@@ -1,8 +1,9 @@
-"""Threads that take turns: each member runs until it asks for something, and only one of them, or the crew's owner,
-runs at a time."""
+"""Coroutines that take turns: each member runs until it asks for something, and only one of them, or the crew's
+owner, runs at a time."""
 
 import os
 import random
+import signal
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 _SEED = "PL_GLOBAL_SEED"  # where `lightning.seed_everything` leaves it, for callbacks to read
@@ -45,16 +47,56 @@ class RandomState(NamedTuple):
             os.environ[_SEED] = self.seed
 
 
-class Member:
-    """Work that runs in a thread of its own, by turns with the owner's.
+class SignalHandlers(NamedTuple):
+    """Of the signals that trainers take; none outside of the main thread, where they take none."""
 
-    The owner calls `advance`, which returns when the work calls `pause` or ends. Nothing else runs in between, so the
-    work needs no locks. Each member has its own state of the global random generators, so it draws what it would draw
-    alone, and, being a thread, its own modes of autograd and autocast. Torch has one thread in a member's, and all of
-    them in the owner's: pools of threads that wait for work by turns take twice the time of one (2 cores, torch 2.13).
+    handlers: dict[signal.Signals, Any]
+
+    @classmethod
+    def now(cls) -> "SignalHandlers":
+        is_main = threading.current_thread() is threading.main_thread()
+        return cls({one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM) if is_main})
+
+    def put(self) -> None:
+        """Make them the handlers."""
+        for one, handler in self.handlers.items():
+            signal.signal(one, handler)
+
+
+class _Modes(NamedTuple):
+    """What torch keeps for each thread of the system, and so for none of the members by itself."""
+
+    grad: bool
+    autocast: dict[str, tuple[bool, torch.dtype]]
+    """By the kind of device."""
+
+    @classmethod
+    def now(cls) -> "_Modes":
+        kinds = {"cpu", str(torch.accelerator.current_accelerator() or "cpu")}
+        return cls(
+            torch.is_grad_enabled(),
+            {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds},
+        )
+
+    def put(self) -> None:
+        """Make them what holds from now on."""
+        torch.set_grad_enabled(self.grad)
+        for kind, (enabled, dtype) in self.autocast.items():
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        torch.clear_autocast_cache()  # it ends with the outermost context, which may be another member's
+
+
+class Member:
+    """Work that runs by turns with its owner's
+
+    The owner calls `advance`, which returns when the work calls `pause` or ends. It is a coroutine, on a stack of its
+    own in the owner's thread: nothing else runs in between, so the work needs no locks, and torch has one pool of
+    threads for all, and one current device. Each member has its own state of the global random generators, so it draws
+    what it would draw alone, and its own modes of autograd and autocast.
 
     Args:
-        name: of the thread.
+        name: for messages.
         work: called with the member.
     """
 
@@ -64,15 +106,14 @@ class Member:
         """What the work returned."""
         self.error: BaseException | None = None
         """What ended the work before its time."""
-        self.finished = False
-        self._work = work
-        self._answer: Any = None
-        self._refusal: BaseException | None = None
-        self._request: Any = None
-        self._turn, self._owners_turn = threading.Semaphore(0), threading.Semaphore(0)
+        self._stack = greenlet(lambda _: work(self))
         self.random = RandomState.now()
         """Of its generators, while it does not run."""
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._modes = _Modes.now()
+
+    @property
+    def finished(self) -> bool:
+        return self._stack.dead
 
     def advance(self, answer: object = None, refusal: BaseException | None = None) -> Any:
         """Let the work run until it pauses or ends.
@@ -83,49 +124,45 @@ class Member:
 
         Returns:
             What it asks for; None when it has ended.
+
+        Raises:
+            KeyboardInterrupt: in the work.
         """
         assert not self.finished
-        self._answer, self._refusal, self._request = answer, refusal, None
-        ours, threads = RandomState.now(), torch.get_num_threads()
+        ours, modes, handlers = RandomState.now(), _Modes.now(), SignalHandlers.now()
         self.random.put()
-        if self._thread.ident is None:
-            self._thread.start()
-        else:
-            self._turn.release()
+        self._modes.put()
+        self._stack.parent = getcurrent()
         try:
-            self._owners_turn.acquire()
-        except KeyboardInterrupt:
-            self._owners_turn.acquire()  # two must never run at a time: let it come to its next pause
-            raise
+            found = self._stack.switch(answer) if refusal is None else self._stack.throw(refusal)
+        except (Exception, SystemExit) as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # of which Lightning makes an exit
+                raise KeyboardInterrupt from error
+            self.error, found = error, None
         finally:
-            torch.set_num_threads(threads)
-            self.random = RandomState.now()
+            self.random, self._modes = RandomState.now(), _Modes.now()
             ours.put()
-        if self.finished:
-            self._thread.join()
-        return self._request
+            modes.put()
+            if self._stack.dead:  # a trainer that ends puts back what others have put theirs in the place of
+                handlers.put()
+        if self._stack.dead:
+            self.result, found = found, None
+        return found
 
     def pause(self, request: object) -> Any:
-        """Ask the owner for something; for the member's own thread.
+        """Ask the owner for something; for the member's work.
 
         Raises:
             BaseException: what the owner answers with instead.
         """
-        self._request = request
-        self._owners_turn.release()
-        self._turn.acquire()
-        torch.set_num_threads(1)
-        if self._refusal is not None:
-            raise self._refusal
-        return self._answer
+        owner = self._stack.parent
+        assert owner is not None
+        return owner.switch(request)
 
     def stop(self) -> None:
         """End the work by an exception; what it asks for on its way out is refused as well."""
         while not self.finished:
-            if self._thread.ident is None:
-                self.error, self.finished = RunStoppedError(), True
-            else:
-                self.advance(refusal=RunStoppedError(f"{self.name} was stopped"))
+            self.advance(refusal=RunStoppedError(f"{self.name} was stopped"))
 
     @contextmanager
     def generators(self) -> Generator[None]:
@@ -150,15 +187,6 @@ class Member:
             self.random = self.random._replace(torch=torch.get_rng_state(), cuda=_cuda_states())
             torch.set_rng_state(ours[0])
             torch.cuda.set_rng_state_all(ours[1])
-
-    def _run(self) -> None:
-        torch.set_num_threads(1)
-        try:
-            self.result = self._work(self)
-        except BaseException as error:  # whatever it is, the owner has to hear of it
-            self.error = error
-        self.finished = True
-        self._owners_turn.release()
 
 
 def _cuda_states() -> list[Tensor]:

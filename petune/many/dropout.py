@@ -28,6 +28,10 @@ class DropoutByRun(TorchFunctionMode):
         self.parts = parts
         self._rows = parts[-1][1].stop
         self._passes = False
+        self._own: dict[Any, Callable[..., Tensor]] = {
+            F.dropout: self._dropout,
+            F.scaled_dot_product_attention: self._attention,
+        }
 
     @contextmanager
     def passing(self) -> Generator[None]:
@@ -41,13 +45,9 @@ class DropoutByRun(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
         if not self._passes:
-            if func is F.dropout:
-                return self._dropout(*args, **kwargs)
-            if func is F.scaled_dot_product_attention:
-                return self._attention(*args, **kwargs)
-        return func(*args, **kwargs)
+            func = self._own.get(func, func)
+        return func(*args, **(kwargs or {}))
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0.0 or not input.dim() or len(input) % self._rows:
@@ -97,14 +97,14 @@ def _attention(
     """(softmax(Q Kᵀ · scale + mask) ⊙ noise) V; arguments as those of torch's attention."""
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], dim=-3) for t in (key, value))
-    weights = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+    weights: Tensor = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
     if is_causal:
         attn_mask = weights.new_ones(weights.shape[-2:], dtype=torch.bool).tril_()
     if attn_mask is not None:
         least = torch.finfo(weights.dtype).min  # not -inf: a token that may see nothing must not become NaN
-        if attn_mask.dtype == torch.bool:
-            attn_mask = weights.new_zeros(attn_mask.shape).masked_fill_(~attn_mask, least)
-        weights = weights + attn_mask.clamp(min=least)
+        is_bool = attn_mask.dtype == torch.bool
+        added = weights.new_zeros(attn_mask.shape).masked_fill_(~attn_mask, least) if is_bool else attn_mask
+        weights = weights + added.clamp(min=least)
     return (weights.softmax(-1) * noise) @ value
 
 

@@ -79,7 +79,7 @@ class Engine:
     def ask(
         self, member: Member, body: nn.Module, alone: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """The backbone's output for a member's batch; for the member's own thread.
+        """The backbone's output for a member's batch; for the member's work.
 
         Args:
             alone: the backbone's own forward.

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from petune.callbacks import ExportAdapter
 from petune.many.backbone import JointBackbone, adapted_layers, share
-from petune.many.crew import Member
+from petune.many.crew import Member, SignalHandlers
 from petune.many.engine import Backward, Engine, Trainee
 from petune.state import backbone, find_model
 from petune.tuner import PetuneTuner
@@ -84,10 +84,10 @@ def fit_many(
     """Train many runs on one frozen base, a joint forward and backward pass for all of them in each step.
 
     Each run is a Lightning run of its own, with its task, head, data, adapter, rate, schedule, length, seed,
-    callbacks, folder, log, checkpoints and resume; it trains in a thread that takes turns with the others. What they
-    share is the base: its weights lie in memory once, and the rows of all runs pass through it together, each row with
-    its run's adapter. A run that ends leaves the batch, and the next one enters. A run that fails is reported, and the
-    others go on. Validation runs on each run's own model, alone.
+    callbacks, folder, log, checkpoints and resume; it trains in a coroutine that takes turns with the others. What
+    they share is the base: its weights lie in memory once, and the rows of all runs pass through it together, each row
+    with its run's adapter. A run that ends leaves the batch, and the next one enters. A run that fails is reported,
+    and the others go on. Validation runs on each run's own model, alone.
 
     A run's weights are those of training it alone, up to rounding: its rows drop what they drop alone, whatever the
     other runs are. With activation checkpointing the base runs without its own dropout.
@@ -118,6 +118,7 @@ def fit_many(
             on_end(result)
 
     base: dict[str, Tensor] = {}
+    handlers = SignalHandlers.now()
     try:
         while waiting or engine.members:
             while waiting and len(engine.members) < (together or len(runs)):
@@ -136,6 +137,7 @@ def fit_many(
         ) from error
     finally:
         engine.stop()
+        handlers.put()
     return {name: results[name] for name in runs}
 
 

@@ -1,7 +1,9 @@
-"""Calls of several runs put together and taken apart again; threads that take turns."""
+"""Calls of several runs put together and taken apart again; coroutines that take turns."""
 
 import os
 import random
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -168,6 +170,86 @@ def test_a_member_that_is_stopped_cleans_up_whatever_it_asks_for_on_its_way():
     assert seen == ["cleaned"]
     assert isinstance(member.error, RunStoppedError)
     Member("never started", work).stop()
+
+
+def test_each_member_has_modes_of_autograd_and_autocast_of_its_own():
+    def modes() -> tuple[bool, bool, torch.dtype]:
+        return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    def work(member):
+        found = [modes()]
+        with torch.no_grad(), torch.autocast("cpu", member.dtype):
+            for _ in range(2):
+                found.append(modes())
+                member.pause(None)
+        return [*found, modes()]
+
+    before = modes()
+    members = [Member(str(dtype), work) for dtype in (torch.bfloat16, torch.float16)]
+    for member, dtype in zip(members, (torch.bfloat16, torch.float16), strict=True):
+        member.dtype = dtype
+    while not all(member.finished for member in members):
+        for member in members:
+            member.advance()
+            assert modes() == before
+    for member in members:
+        inside = (False, True, member.dtype)
+        assert member.result == [before, inside, inside, before]
+
+
+def test_what_autocast_has_cast_for_one_member_is_not_taken_after_its_weights_have_moved():
+    weight = torch.ones(2, 2, requires_grad=True)
+
+    def product():
+        return (torch.ones(1, 2) @ weight).sum().item()
+
+    def work(member):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [product()]
+            member.pause(None)
+            return [*found, product()]
+
+    member = Member("a", work)
+    member.advance()
+    with torch.no_grad():
+        weight.mul_(2)
+    member.advance()
+    assert member.result == [4.0, 8.0]
+
+
+def test_an_interrupt_in_the_work_reaches_the_owner_as_one_and_an_exit_is_an_error():
+    def interrupted(_):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)  # as Lightning does
+
+    with pytest.raises(KeyboardInterrupt):
+        Member("a", interrupted).advance()
+    member = Member("b", lambda _: sys.exit(2))
+    assert member.advance() is None
+    assert isinstance(member.error, SystemExit)
+
+
+def test_signal_handlers_of_the_others_outlive_a_member_that_puts_back_those_before_its_own():
+    def handler(*_: object) -> None:
+        raise AssertionError
+
+    def work(member):
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        member.pause(None)
+        signal.signal(signal.SIGTERM, before)
+
+    at_first = signal.getsignal(signal.SIGTERM)
+    try:
+        member = Member("a", work)
+        member.advance()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        signal.signal(signal.SIGTERM, handler)
+        member.advance()
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, at_first)
 
 
 # ---------------------------------------------------------------------------------------------------------- dropout
