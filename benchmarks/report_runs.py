@@ -94,6 +94,7 @@ def train(found: Mapping[str, Any]) -> str:
     rows = [
         (
             f"{row['rows']} x {row['tokens']}",
+            f"{row['fills']:.2f}",
             str(row["runs"]),
             f"{row['gain']:.2f} ({row['gain_min']:.2f}..{row['gain_max']:.2f})",
             f"{row['together']:,}",
@@ -108,7 +109,7 @@ def train(found: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     return "\n\n".join(
         (
-            table(("rows x tokens of a run's step", "runs", "gain", "tokens/s together", "one by one"), rows),
+            table(("rows x tokens of a run's step", "fills", "runs", "gain", "tokens/s together", "one by one"), rows),
             table(("runs", "way", "peak MiB of the process", "before training"), memory),
             "The step alone, forward and backward of one mixed batch:",
             table(("size", "adapters", "time over PEFT's", "ms, ours", "ms, PEFT"), step),
@@ -118,9 +119,12 @@ def train(found: Mapping[str, Any]) -> str:
 
 def infer(found: Mapping[str, Any]) -> str:
     """Time of a mixed batch over PEFT's loop."""
-    rows = [(str(row["adapters"]), *_compared(row)) for row in found["by_adapters"]]
-    about = f"Inference, {found['rows']} rows of {found['tokens']} tokens:"
-    return f"{about}\n\n{table(('adapters in the batch', 'time over PEFT', 'ms, ours', 'ms, PEFT'), rows)}"
+    rows = [
+        (row["call"], str(row["rows"]), str(row["tokens"]), str(row["adapters"]), *_compared(row))
+        for row in found["by_call"]
+    ]
+    columns = ("inference", "rows", "tokens of each", "adapters", "time over PEFT's", "ms, ours", "ms, PEFT")
+    return table(columns, rows)
 
 
 def _compared(row: Mapping[str, Any]) -> tuple[str, str, str]:
