@@ -1,14 +1,16 @@
 """`adapter_names`: batches whose rows take different adapters, by the grouped operator."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import lru_cache, wraps
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer, LoraModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from petune.kernels.grouped_lora import RowGroups, grouped_lora
+from petune.kernels.grouped_lora import JoinedFactors, RowGroups, grouped_joined_lora, grouped_lora
 from petune.low_rank import Operands
 
 
@@ -27,12 +29,58 @@ def row_groups(names: tuple[str, ...], available: frozenset[str]) -> tuple[tuple
     return present, RowGroups.of([index.get(name, -1) for name in names], len(present))
 
 
-def grouped(x: Tensor, operands: Sequence[Operands], groups: RowGroups) -> Tensor:
-    """y = x Wᵀ + bias + each row's own update; the operands of one layer, an entry for each adapter."""
-    weight, bias = operands[0].weight, operands[0].bias
-    a, b = [one.a for one in operands], [one.b for one in operands]
-    scales, dropout_p = [one.scale for one in operands], [one.dropout_p for one in operands]
-    return grouped_lora(x, weight, bias, a, b, scales, groups, dropout_p)
+class Mixed:
+    """y = x Wᵀ + bias + each row's own update
+
+    Args:
+        operands: of one layer, an entry for each adapter.
+        groups: which of them each row takes.
+    """
+
+    def __init__(self, operands: Sequence[Operands], groups: RowGroups) -> None:
+        self.weight, self.bias = operands[0].weight, operands[0].bias
+        self._a, self._b = [one.a for one in operands], [one.b for one in operands]
+        self._scales, self._dropout_p = [one.scale for one in operands], [one.dropout_p for one in operands]
+        self._groups = groups
+        self._joined: JoinedFactors | None = None
+        self._was_called = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or any(self._dropout_p):
+            return grouped_lora(
+                x, self.weight, self.bias, self._a, self._b, self._scales, self._groups, self._dropout_p
+            )
+        joined = self._joined or JoinedFactors.of(self._a, self._b, self._scales)
+        if self._was_called:  # not before: a single pass would hold a second copy of all factors for nothing
+            self._joined = joined
+        self._was_called = True
+        return grouped_joined_lora(x, self.weight, self.bias, joined, self._groups)
+
+
+Call = Callable[[Tensor], Tensor]
+"""From a layer's input to its output."""
+
+_known: ContextVar[dict[nn.Module, tuple[Sequence[str], Call | None]] | None] = ContextVar("_known", default=None)
+
+
+@contextmanager
+def one_call() -> Generator[None]:
+    """Around one forward or `generate`, in which no adapter, hook or base changes: layers look at them once."""
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def mixed(layer: nn.Module, names: Sequence[str], make: Callable[[], Call | None]) -> Call | None:
+    """What `make` gives, or has given before for this layer and this very list in the same `one_call`."""
+    known = _known.get()
+    if known is None:
+        return make()
+    if layer not in known or known[layer][0] is not names:
+        known[layer] = names, make()
+    return known[layer][1]
 
 
 def allow_training(fused: type[LoraLayer]) -> None:
@@ -49,6 +97,7 @@ def allow_training(fused: type[LoraLayer]) -> None:
     @contextmanager
     def hooks(self: LoraModel, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
+            stack.enter_context(one_call())
             trains = kwargs.get("adapter_names") is not None and self.training
             if trains and all(isinstance(m, fused) for m in self.modules() if isinstance(m, LoraLayer)):
                 self.training = False  # of this one module, which PEFT looks at; none below it changes

@@ -28,6 +28,7 @@ from petune.config import PetuneConfig
 from petune.four_bits import keep_form
 from petune.hooks import remove_hooks, share_of_step
 from petune.layer import BASE, AdapterLayer
+from petune.mixed_batch import one_call
 from petune.topology import closest_modules, find_topology, resolve_targets
 
 # fields in which summed adapters may differ
@@ -259,7 +260,8 @@ class PetuneTuner(BaseTuner):
         if isinstance(encoder, nn.Module) and encoder is not self.model:
             handles += self._hook(encoder, rows)  # beams are spread after the encoder has run; the later hook wins
         try:
-            yield
+            with one_call():
+                yield
         finally:
             for handle in handles:
                 handle.remove()

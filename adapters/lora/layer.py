@@ -1,5 +1,6 @@
 """`FusedLoraLinear`: PEFT's LoRA linear layer with its forward as one operator."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from petune.four_bits import keep_form
 from petune.kernels.lora_linear import lora_linear
 from petune.low_rank import Operands, is_hooked, is_wrapped, takes, tensor, uncovered_base
-from petune.mixed_batch import allow_training, grouped, row_groups
+from petune.mixed_batch import Mixed, allow_training, mixed, row_groups
 
 if TYPE_CHECKING:
     from petune.adapters.lora.group import Group
@@ -34,7 +35,7 @@ class FusedLoraLinear(LoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs:
             names = kwargs.get("adapter_names")
-            y = None if names is None or args or len(kwargs) > 1 else self._mixed(x, tuple(names))
+            y = None if names is None or args or len(kwargs) > 1 else self._mixed(x, names)
             return super().forward(x, *args, **kwargs) if y is None else y
         if self.group is not None:
             y = self.group.take(self, x)
@@ -70,19 +71,23 @@ class FusedLoraLinear(LoraLinear):
         b = torch.cat([b * scale for _, b, scale, _ in live], dim=1)
         return Operands(weight, tensor(base, "bias"), a, b, 1.0, 0.0)
 
-    def _mixed(self, x: Tensor, names: tuple[str, ...]) -> Tensor | None:
+    def _mixed(self, x: Tensor, names: Sequence[str]) -> Tensor | None:
         """The output for rows that take these adapters, or None where PEFT's loop over them must run."""
-        modules: dict[str, Any] = self._modules
-        base = modules["base_layer"]
-        if len(names) != len(x) or not self._takes(x, base):
+        if len(names) != len(x) or not self._takes(x, self._modules["base_layer"]):
             return None
+        found = mixed(self, names, lambda: self._make_mixed(tuple(names)))
+        return None if found is None else found(x)
+
+    def _make_mixed(self, names: tuple[str, ...]) -> Mixed | None:
+        modules: dict[str, Any] = self._modules
         present, groups = row_groups(names, frozenset(modules["lora_A"]._modules))
         if groups is None or any(uncovered_adapter(self, name) for name in present):
             return None
+        base = modules["base_layer"]
         weight, bias = _weight(base), tensor(base, "bias")
-        return grouped(x, [Operands(weight, bias, *self._adapter(name)) for name in present], groups)
+        return Mixed([Operands(weight, bias, *self._adapter(name)) for name in present], groups)
 
-    def _takes(self, x: Tensor, base: nn.Module) -> bool:
+    def _takes(self, x: Tensor, base: Any) -> bool:
         """Whether the operators may stand for the base layer, and for x as it is."""
         if self._disable_adapters or self.merged_adapters or _has_any_global_hook() or uncovered_base(base):
             return False

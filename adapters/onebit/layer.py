@@ -11,7 +11,7 @@ from petune.adapters.onebit.config import BiLoraConfig
 from petune.kernels.grouped_lora import PackedFactors, grouped_packed_lora
 from petune.kernels.packed_lora import packed_lora
 from petune.low_rank import Factors, LowRankLayer, Operands
-from petune.mixed_batch import grouped, row_groups
+from petune.mixed_batch import Call, Mixed, mixed, row_groups
 from petune.quantized.linear import PackedLinear, QuantizedLinear
 
 
@@ -57,26 +57,31 @@ class BiLoraLayer(LowRankLayer):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if adapter_names is not None and not args and not kwargs:
-            y = self._mixed(x, tuple(adapter_names))
+            y = self._mixed(x, adapter_names)
             if y is not None:
                 return y
         return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
 
-    def _mixed(self, x: Tensor, names: tuple[str, ...]) -> Tensor | None:
+    def _mixed(self, x: Tensor, names: Sequence[str]) -> Tensor | None:
         """The output for rows that take these adapters, or None where each of them must compute its own."""
         if self.disable_adapters or self.merged or len(names) != len(x) or not self._is_covered(x):
             return None
+        found = mixed(self, names, lambda: self._make_mixed(tuple(names)))
+        return None if found is None else found(x)
+
+    def _make_mixed(self, names: tuple[str, ...]) -> Call | None:
         present, groups = row_groups(names, frozenset(self.petune_bilora_a))
         if groups is None:
             return None
         packed = [self._packed(name) for name in present]
         if all(packed):
-            return grouped_packed_lora(x, *self._base(), cast("list[PackedFactors]", packed), groups)
+            base, factors = self._base(), cast("list[PackedFactors]", packed)
+            return lambda x: grouped_packed_lora(x, *base, factors, groups)
         factors = [self.factors(name) for name in present]
         if any(one.rank_dropout_p for one in factors):
             return None
         base = self._base()
-        return grouped(x, [Operands(*base, one.a, one.b, one.scale, one.dropout_p) for one in factors], groups)
+        return Mixed([Operands(*base, one.a, one.b, one.scale, one.dropout_p) for one in factors], groups)
 
     def operands(self, x: Tensor) -> Operands | None:
         """What the fused operator needs for this call; None where it does not cover it, or needs a mask of the rank.

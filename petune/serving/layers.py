@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from petune.kernels.grouped_lora import grouped_packed_lora
 from petune.low_rank import Operands, takes, tensor, uncovered_base
-from petune.mixed_batch import grouped, row_groups
+from petune.mixed_batch import Mixed, row_groups
 from petune.serving.layout import Active, Layout, Update
 
 
@@ -141,7 +141,7 @@ class ServedLinear(ServedModule):
         if len(packed) == len(present):
             return grouped_packed_lora(x, weight, bias, packed, groups)
         operands = [Operands(weight, bias, *found[name].dense(), found[name].scale, 0.0) for name in present]
-        return grouped(x, operands, groups)
+        return Mixed(operands, groups)(x)
 
     def _is_covered(self, x: Tensor) -> bool:
         if _has_any_global_hook() or uncovered_base(self.base):

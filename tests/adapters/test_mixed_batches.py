@@ -1,12 +1,18 @@
 """Rows of one batch with different adapters: the grouped operator computes what each adapter computes alone."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 import petune
+from petune import mixed_batch
+from petune.adapters.onebit import layer as onebit
 from petune.adapters.onebit.layer import BiLoraLayer
+from petune.kernels.grouped_lora import JoinedFactors, RowGroups
 from petune.mixed_batch import row_groups
 from petune.quantized.linear import PackedLinear, QuantizedLinear
 from petune.quantized.packing import pack
@@ -54,18 +60,19 @@ def alone(model: PeftModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.T
     return outputs
 
 
-def calls_of(monkeypatch, module: str, function: str) -> list[int]:
-    """Numbers of adapters in each call of the grouped operator."""
-    import importlib
+def calls_of(monkeypatch, target, *functions: str) -> list[int]:
+    """Numbers of adapters in each call of the grouped operators."""
+    calls: list[int] = []
 
-    target = importlib.import_module(module)
-    original, calls = getattr(target, function), []
+    def counting(original):
+        def counted(*args):
+            calls.append(next(one for one in args if isinstance(one, RowGroups)).adapters)
+            return original(*args)
 
-    def counted(x, weight, bias, factors, *rest):
-        calls.append(len(factors))
-        return original(x, weight, bias, factors, *rest)
+        return counted
 
-    monkeypatch.setattr(target, function, counted)
+    for function in functions:
+        monkeypatch.setattr(target, function, counting(getattr(target, function)))
     return calls
 
 
@@ -75,7 +82,7 @@ def test_each_row_gets_what_its_adapter_gives_alone_by_the_grouped_operator(meth
     batch = inputs(family, batch_size=len(ROWS))
     model = three(method, family)
     expected = alone(model, batch)
-    calls = calls_of(monkeypatch, "petune.mixed_batch", "grouped_lora")
+    calls = calls_of(monkeypatch, mixed_batch, "grouped_lora", "grouped_joined_lora")
     mixed = output(model, {**batch, "adapter_names": ROWS})
     wanted = torch.stack([expected[name][i] for i, name in enumerate(ROWS)])
     assert relative_error(mixed, wanted) <= TOLERANCE[torch.float32]
@@ -144,6 +151,36 @@ def test_generation_with_a_cache_and_beams_is_each_rows_own(method, family, beam
         assert torch.equal(mixed[i], own[i])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_generation_joins_the_factors_of_a_layer_twice_and_keeps_nothing_of_them(method, monkeypatch):
+    model = three(method, "llama", "lm")
+    batch = {name: value for name, value in inputs("llama", "lm", batch_size=3).items() if name != "labels"}
+    joined: list[JoinedFactors] = []
+    of = JoinedFactors.of
+    monkeypatch.setattr(JoinedFactors, "of", lambda *factors: joined.append(of(*factors)) or joined[-1])
+
+    def generate() -> torch.Tensor:
+        options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        rows = ["third", "__base__", "default"]
+        scores = model.generate(
+            **batch, **options, adapter_names=rows, output_scores=True, return_dict_in_generate=True
+        )
+        return torch.stack(scores.scores)
+
+    before = generate()
+    layers = sum(isinstance(m, LoraLayer | BiLoraLayer) for m in model.modules())
+    assert len(joined) == 2 * layers  # in the first pass, and to be kept in the second of six
+    kept = [weakref.ref(factors.a) for factors in joined]
+    joined.clear()
+    gc.collect()
+    assert [one for one in kept if one() is not None] == []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".default" in name:
+                parameter.mul_(-1.5)
+    assert not torch.equal(before, generate())
+
+
 def test_packed_adapters_are_unpacked_by_the_grouped_operator(monkeypatch, tmp_path):
     model = three("bilora", "bert")
     batch = inputs("bert", batch_size=len(ROWS))
@@ -153,7 +190,7 @@ def test_packed_adapters_are_unpacked_by_the_grouped_operator(monkeypatch, tmp_p
             for factors in (module.petune_bilora_a, module.petune_bilora_b):
                 for name, latent in factors.items():
                     factors[name] = _packed(latent)
-    calls = calls_of(monkeypatch, "petune.adapters.onebit.layer", "grouped_packed_lora")
+    calls = calls_of(monkeypatch, onebit, "grouped_packed_lora")
     found = output(model, {**batch, "adapter_names": ROWS})
     assert relative_error(found, expected) <= TOLERANCE[torch.float32]
     assert set(calls) == {2, 3}
@@ -174,7 +211,7 @@ def test_adapters_that_the_operator_does_not_cover_take_pefts_loop_or_its_refusa
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.lora_A["third"].register_forward_hook(lambda _, __, out: out)  # hooked: PEFT's forward runs it
-    calls = calls_of(monkeypatch, "petune.mixed_batch", "grouped_lora")
+    calls = calls_of(monkeypatch, mixed_batch, "grouped_lora", "grouped_joined_lora")
     assert relative_error(output(model, {**batch, "adapter_names": ROWS}), expected) <= TOLERANCE[torch.float32]
     assert calls == []
     model.add_adapter("dora", petune.FusedLoraConfig(r=2, use_dora=True))

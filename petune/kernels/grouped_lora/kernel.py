@@ -18,7 +18,7 @@ from petune.kernels.grouped_lora.layout import Dropped, Layout, table
 from petune.kernels.grouped_lora.reference import widest
 from petune.kernels.lora_linear.kernel import unsupported
 
-__all__ = ["backward", "forward", "packed_forward", "unsupported"]
+__all__ = ["backward", "forward", "joined_forward", "packed_forward", "unsupported"]
 
 
 def forward(
@@ -66,6 +66,19 @@ def backward(
         skinny.expand(ds, torch.cat(tuple(a)), layout, out=dx, masks=masks)
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
     return dx, da, db
+
+
+def joined_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, ranks: Sequence[int],
+    scales: Sequence[float], order: Tensor, offsets: Tensor, dtype: torch.dtype,
+) -> tuple[Tensor]:  # fmt: skip
+    """y = x Wᵀ + bias + scale_l · (x A_lᵀ) B_lᵀ in `dtype`; A_l and B_l are parts of a and b."""
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    layout = Layout.of(order, offsets, tuple(ranks))
+    s = skinny.shrink(rows, a, layout)
+    y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+    skinny.expand(s, b.T, layout, out=y, scales=table(tuple(scales), torch.float32, x.device))
+    return (in_shape_of(x, y),)
 
 
 def packed_forward(

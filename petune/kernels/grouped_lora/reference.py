@@ -6,7 +6,7 @@ gathered, once. No product ever has tokens of two adapters: 0 · NaN is NaN, and
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def forward(
     y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
     s = rows.new_zeros(len(rows), max(t.shape[0] for t in a) if keeps_s else 0)
     masks = _Masks(dropout_p, seeds, token_index, layout)
-    for block in layout.blocks(a, b):
+    for block in layout.blocks(_kinds(a, b)):
         own = block.split(rows[block.tokens])
         if (mask := masks.of(block, own)) is not None:
             own = mask.mul_(own)
@@ -62,7 +62,7 @@ def backward(
     db = torch.zeros(out_features * sum(ranks) if any(needs_b) else 0, dtype=widest(b), device=dy.device)
     starts = [0, *accumulate(ranks)]
     masks = _Masks(dropout_p, seeds, token_index, layout)
-    for block in layout.blocks(a, b):
+    for block in layout.blocks(_kinds(a, b)):
         begin, end = starts[block.adapters.start], starts[block.adapters.stop]
         wants_a, wants_b = any(needs_a[i] for i in block.adapters), any(needs_b[i] for i in block.adapters)
         dtype = torch.promote_types(rows.dtype, a[block.adapters.start].dtype)
@@ -83,6 +83,22 @@ def backward(
             if needs_dx:
                 _add_low_rank(block.split(dx[block.tokens]), ds.mT, block.stack(a, dx.dtype), mask)
     return layout.put_back(dx).view(*dy.shape[:-1], in_features) if needs_dx else dx, da, db
+
+
+def joined_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, ranks: Sequence[int],
+    scales: Sequence[float], order: Tensor, offsets: Tensor, dtype: torch.dtype,
+) -> tuple[Tensor]:  # fmt: skip
+    """y = x Wᵀ + bias + scale_l · (x A_lᵀ) B_lᵀ in `dtype`; A_l and B_l are parts of a and b."""
+    layout, starts = _Layout.of(order, offsets, x), [0, *accumulate(ranks)]
+    rows, a, b = layout.gathered(x.to(dtype)), a.to(dtype), b.to(dtype)
+    y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+    for block in layout.blocks([(rank,) for rank in ranks]):
+        own = slice(starts[block.adapters.start], starts[block.adapters.stop])
+        down = block.split(rows[block.tokens]) @ block.split(a[own]).mT
+        up = b[:, own].unflatten(1, (len(block.adapters), -1)).transpose(0, 1)  # [adapters, out_features, rank]
+        block.split(y[block.tokens]).baddbmm_(down * block.scales(scales, None, down), up.mT)
+    return (in_shape_of(x, layout.put_back(y)),)
 
 
 def packed_forward(
@@ -107,6 +123,10 @@ def widest(factors: Sequence[Tensor]) -> torch.dtype:
     for factor in factors[1:]:
         dtype = torch.promote_types(dtype, factor.dtype)
     return dtype
+
+
+def _kinds(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [(len(down), down.dtype, up.dtype) for down, up in zip(a, b, strict=True)]
 
 
 def _add_low_rank(dx: Tensor, ds: Tensor, a: Tensor, mask: Tensor | None) -> None:
@@ -149,9 +169,9 @@ class _Block(NamedTuple):
         own = factors[self.adapters.start : self.adapters.stop]
         return (own[0].unsqueeze(0) if len(own) == 1 else torch.stack(tuple(own))).to(dtype)
 
-    def scales(self, scales: Sequence[float], masks: "_Masks", like: Tensor) -> float | Tensor:
+    def scales(self, scales: Sequence[float], masks: "_Masks | None", like: Tensor) -> float | Tensor:
         """scale_l/q_l, one number where all have the same, else [adapters, 1, 1] on the device of `like`."""
-        found = [scales[i] / masks.mean(i) for i in self.adapters]
+        found = [scales[i] / (masks.mean(i) if masks else 1.0) for i in self.adapters]
         return found[0] if len(set(found)) == 1 else like.new_tensor(found).view(-1, 1, 1)
 
 
@@ -178,12 +198,16 @@ class _Layout(NamedTuple):
             return cls(parts, None)
         return cls(parts, (order.unsqueeze(1) * per_row + torch.arange(per_row, device=order.device)).flatten())
 
-    def blocks(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Iterator[_Block]:
-        """The parts, as many at a time as can be."""
+    def blocks(self, kinds: Sequence[tuple[Any, ...]]) -> Iterator[_Block]:
+        """The parts, as many at a time as can be.
+
+        Args:
+            kinds: of each adapter its rank, and what else must be equal.
+        """
         block, last = None, None
         for part in self.parts:
             i = part.adapter
-            kind = a[i].shape, a[i].dtype, b[i].dtype, part.size
+            kind = *kinds[i], part.size
             if block is not None and last == (kind, i - 1, part.tokens.start):
                 block = block._replace(
                     adapters=range(block.adapters.start, i + 1),
@@ -193,7 +217,7 @@ class _Layout(NamedTuple):
             else:
                 if block is not None:
                     yield block
-                block = _Block(range(i, i + 1), len(a[i]), part.tokens, part.places)
+                block = _Block(range(i, i + 1), kinds[i][0], part.tokens, part.places)
             last = kind, i, part.tokens.stop
         if block is not None:
             yield block

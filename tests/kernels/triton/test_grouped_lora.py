@@ -7,14 +7,21 @@ from torch import Tensor
 from petune.kernels import launch
 from petune.kernels.chooser import Config
 from petune.kernels.dropout import mask_of, philox_lanes
-from petune.kernels.grouped_lora import PackedFactors, RowGroups, grouped_lora, grouped_packed_lora
+from petune.kernels.grouped_lora import (
+    JoinedFactors,
+    PackedFactors,
+    RowGroups,
+    grouped_joined_lora,
+    grouped_lora,
+    grouped_packed_lora,
+)
 from petune.kernels.grouped_lora import packed_skinny as packed
 from petune.kernels.grouped_lora.layout import Dropped, Layout, table
 from petune.kernels.grouped_lora.skinny import configs, dual, expand, outer, shrink
 from petune.kernels.launch import INTERPRETED
 from petune.kernels.packed_lora import unpacked
 from tests.conftest import TOLERANCE, relative_error
-from tests.kernels.grouped import RANKS, ROWS, SCALES, batch, gradients, in_double, loop, tokens_of
+from tests.kernels.grouped import RANKS, ROWS, SCALES, batch, detached, gradients, in_double, loop, tokens_of
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FP32 = torch.float32
@@ -113,6 +120,13 @@ def test_any_ranks(ranks, device):
     reference = updates(gradients(loop(wide, ids, scales=scales), wide, dy.double()), tensors, dy)
     for out, expected in zip(found, reference, strict=True):
         assert relative_error(out, expected) <= 4 * bound(FP32)
+
+
+def test_joined_factors_give_what_they_give_one_by_one(device):
+    tensors = detached(batch(7, 3, device=device, **SIZES))
+    groups = RowGroups.of(ROWS["scattered"], 5)
+    y = grouped_joined_lora(*tensors[:3], JoinedFactors.of(tensors.a, tensors.b, SCALES), groups)
+    assert torch.equal(y, grouped_lora(*tensors, SCALES, groups))
 
 
 @pytest.mark.parametrize("trained", ["x", "a", "b"])
