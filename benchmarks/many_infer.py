@@ -45,7 +45,7 @@ def measure_infer(plan: Plan) -> dict[str, Any]:
             run = torch.inference_mode()(generated if call == "generate" else encoded)
             calls = {side: partial(run, model, rows, tokens, names) for side, model in models.items()}
             torch.testing.assert_close(*(call() for call in calls.values()), rtol=1e-3, atol=1e-3)
-            times = in_turns(calls, plan.repeats)
+            times = in_turns(calls, plan.infer_repeats)
             found.append({"call": call, "rows": rows, "tokens": tokens, "adapters": adapters, **compared(times)})
             print(json.dumps(found[-1]), flush=True)
     return {"by_call": found}

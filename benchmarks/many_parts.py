@@ -38,13 +38,14 @@ class Plan:
         ("generate", 64, 12, (1, 8, 64)),
     )
     """Call, rows, tokens of a row's input or to generate, numbers of adapters."""
+    infer_repeats: int = 5
     repeats: int = 9
     tasks: int = 1000
     switches: int = 200
 
 
 _SMOKE_INFER = ("forward", 4, 8, (1, 2)), ("generate", 2, 2, (2,))
-SMOKE = Plan((("large", 2, 8, 2, (1, 2)),), 1, (), _SMOKE_INFER, 2, 3, 4)
+SMOKE = Plan((("large", 2, 8, 2, (1, 2)),), 1, (), _SMOKE_INFER, 1, 2, 3, 4)
 
 
 SMOKE_VARIABLE = "PETUNE_BENCHMARK_SMOKE"

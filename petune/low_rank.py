@@ -32,7 +32,7 @@ class Factors(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What a call of `petune.kernels.lora_linear.lora_linear` needs besides x, in its order."""
+    """What a call of `petune.kernels.lora_linear.lora_linear` needs besides x, in its order, and what is dropped."""
 
     weight: Tensor
     bias: Tensor | None
@@ -40,6 +40,9 @@ class Operands(NamedTuple):
     b: Tensor
     scale: float
     dropout_p: float
+    """Of an element of x on its way to A."""
+    rank_dropout_p: float = 0.0
+    """Of an element of x Aᵀ on its way to B: never in LoRA. The caller draws the mask."""
 
 
 class LowRankLayer(PetuneLayer):
@@ -99,8 +102,7 @@ def lora_factors(
 
 def rank_mask(x: Tensor, rank: int, dropout_p: float) -> Tensor:
     """A dropout mask for x Aᵀ: 0 or 1 / (1 − dropout_p), [tokens, rank], in the dtype of x."""
-    shape = (x.numel() // x.shape[-1], rank)
-    return F.dropout(torch.ones(shape, dtype=x.dtype, device=x.device), dropout_p)
+    return F.dropout(x.new_ones(x.numel() // x.shape[-1], rank), dropout_p)
 
 
 def takes(x: Tensor, weight: Tensor, casts_input: bool) -> bool:

@@ -41,20 +41,29 @@ class Mixed:
         self.weight, self.bias = operands[0].weight, operands[0].bias
         self._a, self._b = [one.a for one in operands], [one.b for one in operands]
         self._scales, self._dropout_p = [one.scale for one in operands], [one.dropout_p for one in operands]
+        self._rank_dropout_p = [one.rank_dropout_p for one in operands]
         self._groups = groups
         self._joined: JoinedFactors | None = None
         self._was_called = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or any(self._dropout_p):
-            return grouped_lora(
-                x, self.weight, self.bias, self._a, self._b, self._scales, self._groups, self._dropout_p
-            )
+        if torch.is_grad_enabled() or any(self._dropout_p) or any(self._rank_dropout_p):
+            operands = self._a, self._b, self._scales, self._groups, self._dropout_p
+            return grouped_lora(x, self.weight, self.bias, *operands, rank_mask=self._rank_mask(x))
         joined = self._joined or JoinedFactors.of(self._a, self._b, self._scales)
         if self._was_called:  # not before: a single pass would hold a second copy of all factors for nothing
             self._joined = joined
         self._was_called = True
         return grouped_joined_lora(x, self.weight, self.bias, joined, self._groups)
+
+    def _rank_mask(self, x: Tensor) -> Tensor | None:
+        """0 or 1 / (1 − p), [tokens, largest rank], with the p of each token's adapter."""
+        if not any(self._rank_dropout_p):
+            return None
+        keep = 1.0 - x.new_tensor([*self._rank_dropout_p, 0.0])[self._groups.ids.to(x.device)]  # -1 is the last
+        tokens, rank = x.numel() // x.shape[-1], max(len(down) for down in self._a)
+        by_token = keep.repeat_interleave(tokens // len(keep)).unsqueeze(1).expand(-1, rank)
+        return by_token.bernoulli().div(by_token)
 
 
 Call = Callable[[Tensor], Tensor]
@@ -66,6 +75,9 @@ _known: ContextVar[dict[nn.Module, tuple[Sequence[str], Call | None]] | None] = 
 @contextmanager
 def one_call() -> Generator[None]:
     """Around one forward or `generate`, in which no adapter, hook or base changes: layers look at them once."""
+    if torch.compiler.is_compiling():  # it knows no context variables
+        yield
+        return
     token = _known.set({})
     try:
         yield
@@ -75,7 +87,7 @@ def one_call() -> Generator[None]:
 
 def mixed(layer: nn.Module, names: Sequence[str], make: Callable[[], Call | None]) -> Call | None:
     """What `make` gives, or has given before for this layer and this very list in the same `one_call`."""
-    known = _known.get()
+    known = None if torch.compiler.is_compiling() else _known.get()
     if known is None:
         return make()
     if layer not in known or known[layer][0] is not names:
@@ -97,8 +109,10 @@ def allow_training(fused: type[LoraLayer]) -> None:
     @contextmanager
     def hooks(self: LoraModel, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
-            stack.enter_context(one_call())
-            trains = kwargs.get("adapter_names") is not None and self.training
+            is_mixed = kwargs.get("adapter_names") is not None
+            if is_mixed:
+                stack.enter_context(one_call())
+            trains = is_mixed and self.training
             if trains and all(isinstance(m, fused) for m in self.modules() if isinstance(m, LoraLayer)):
                 self.training = False  # of this one module, which PEFT looks at; none below it changes
                 try:

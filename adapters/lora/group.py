@@ -76,7 +76,7 @@ class Group:
             if own is None:
                 return None
             operands.append(own)
-        weights, biases, a, b, scales, dropouts = zip(*operands, strict=True)
+        weights, biases, a, b, scales, dropouts, _ = zip(*operands, strict=True)
         if len(set(dropouts)) > 1 or len({factor.dtype for factor in a + b}) > 1:
             return None
         ys = lora_group(x, weights, biases, a, b, scales, dropouts[0])

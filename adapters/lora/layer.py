@@ -42,7 +42,7 @@ class FusedLoraLinear(LoraLinear):
             if y is not None:
                 return y
         operands = self.operands(x)
-        return super().forward(x) if operands is None else lora_linear(x, *operands)
+        return super().forward(x) if operands is None else lora_linear(x, *operands[:-1])
 
     def operands(self, x: Tensor) -> Operands | None:
         """The tensors and numbers of this call, or None where PEFT's own forward must run.

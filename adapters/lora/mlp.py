@@ -38,7 +38,7 @@ class FusedGatedMlp(nn.Module):
         if type(down) is FusedLoraLinear and not is_hooked(down):
             operands = down.operands(gate)  # which has the shape and dtype of the product
             if operands is not None:
-                return gated_lora(gate, up, activation_name(activation), *operands)
+                return gated_lora(gate, up, activation_name(activation), *operands[:-1])
         return down(gated(gate, up, activation_name(activation)))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -77,22 +77,18 @@ class BiLoraLayer(LowRankLayer):
         if all(packed):
             base, factors = self._base(), cast("list[PackedFactors]", packed)
             return lambda x: grouped_packed_lora(x, *base, factors, groups)
-        factors = [self.factors(name) for name in present]
-        if any(one.rank_dropout_p for one in factors):
-            return None
         base = self._base()
-        return Mixed([Operands(*base, one.a, one.b, one.scale, one.dropout_p) for one in factors], groups)
+        return Mixed([Operands(*base, *self.factors(name)) for name in present], groups)
 
     def operands(self, x: Tensor) -> Operands | None:
-        """What the fused operator needs for this call; None where it does not cover it, or needs a mask of the rank.
+        """What the fused operator needs for this call; None where it does not cover it.
 
         Everything is looked at in every call.
         """
         live = self.live_adapters()
         if len(live) != 1 or not self._is_covered(x):
             return None
-        a, b, scale, dropout_p, rank_dropout_p = self.factors(live[0])
-        return None if rank_dropout_p > 0.0 else Operands(*self._base(), a, b, scale, dropout_p)
+        return Operands(*self._base(), *self.factors(live[0]))
 
     def _fused(self, name: str, x: Tensor) -> Tensor:
         packed = self._packed(name)

@@ -1,7 +1,7 @@
 """One frozen base for several runs: their adapters' layers meet in a copy of it that shares the weights."""
 
 import copy
-from collections.abc import Callable, Container, Generator, Hashable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _NormBase as _BatchNorm
 
 from petune.adapters.lora import unfuse
 from petune.kernels.grouped_lora import RowGroups, grouped_lora
-from petune.low_rank import Operands
-from petune.many.calls import Span
+from petune.low_rank import Operands, rank_mask
+from petune.many.calls import Span, part_of
 from petune.many.dropout import DropoutByRun
 from petune.state import base_parameters
 
@@ -69,6 +69,24 @@ class Plan:
             with run.draws():
                 self._seeds[key] = torch.randint(2**63 - 1, (1,), device=device)
         return self._seeds[key]
+
+    def rank_mask(self, x: Tensor, ranks: Mapping[Any, tuple[int, float]]) -> Tensor:
+        """Dropout of s = x Aᵀ as each run draws it alone: 0 or 1 / (1 − p), [tokens, largest rank].
+
+        Args:
+            x: of all rows together.
+            ranks: of each run with an adapter, and its p; the others drop nothing.
+        """
+        widest = max(rank for rank, _ in ranks.values())
+        per_row = x.numel() // (x.shape[-1] * self.rows)
+        mask = x.new_ones(self.rows, per_row, widest)
+        for run, span in self.parts:
+            rank, p = ranks.get(run, (0, 0.0))
+            if p:
+                own = part_of(mask[span.start : span.stop, :, :rank], span)
+                with run.draws():  # pyright: ignore[reportAttributeAccessIssue]
+                    own.copy_(rank_mask(own, rank, p).view_as(own))
+        return mask.view(-1, widest)
 
     def token_index(self, tokens: int, device: torch.device) -> Tensor | None:
         """Which token each is among those of its run alone, where padding has moved them; else None.
@@ -184,6 +202,7 @@ class _JointModule(nn.Module):
 
     def _grouped(self, plan: Plan, x: Tensor, low_rank: dict[Any, Operands]) -> Tensor:
         operands = list(low_rank.values())
+        ranks = {run: (len(one.a), one.rank_dropout_p) for run, one in low_rank.items()}
         dropouts = [one.dropout_p for one in operands]
         seeds = token_index = None
         if any(dropouts):
@@ -202,6 +221,7 @@ class _JointModule(nn.Module):
             dropout_p=dropouts,
             seeds=seeds,
             token_index=token_index,
+            rank_mask=plan.rank_mask(x, ranks) if any(p for _, p in ranks.values()) else None,
         )
 
     def _by_runs(

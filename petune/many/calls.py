@@ -27,6 +27,10 @@ class Call(NamedTuple):
         return len(_first(self.arguments))
 
     @property
+    def device(self) -> torch.device:
+        return _first(self.arguments).device
+
+    @property
     def length(self) -> int:
         """Of its sequences; 1 where there are none."""
         first = _first(self.arguments)

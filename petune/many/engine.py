@@ -12,6 +12,11 @@ from petune.many.backbone import JointBackbone, Part, Plan
 from petune.many.calls import Call, JointOutput, Span, forward_of, kind_of, merge, read_call
 from petune.many.crew import Member
 
+_FULL = {"cpu": 512}
+"""Tokens of one batch from which on it fills a device: benchmarks/many.py."""
+_FULL_GPU = 8192
+"""Not measured."""
+
 
 class Forward(NamedTuple):
     """A member asks for the output of its backbone."""
@@ -102,15 +107,10 @@ class Engine:
         """
         chosen = self._choose()
         self.largest_round = max(self.largest_round, len(chosen))
-        while asking := [one for one in chosen if isinstance(one.request, Forward)]:
-            for group in _by_kind(asking):
-                self._forward(group)
-        self._backward([one for one in chosen if isinstance(one.request, Backward)])
-        for trainee in chosen:
-            trainee.steps += 1
-            trainee.outputs.clear()
-            if isinstance(trainee.request, Backward):
-                trainee.advance()
+        large = [one for one in chosen if self._fills(one)]
+        for trainee in large:  # one after the other, so that the activations of one alone are in memory
+            self._step([trainee])
+        self._step([one for one in chosen if one not in large])
         return self._let_go(chosen)
 
     def stop(self) -> None:
@@ -118,6 +118,24 @@ class Engine:
         for trainee in self.members:
             trainee.member.stop()
         self.members.clear()
+
+    def _fills(self, trainee: Trainee) -> bool:
+        """Whether a member's batch fills the machine by itself, and gains nothing by the company of others."""
+        assert isinstance(trainee.request, Forward)
+        assert self.joint is not None
+        call = trainee.request.call
+        return not self.joint.deviates and call.tokens >= _FULL.get(call.device.type, _FULL_GPU)
+
+    def _step(self, members: Sequence[Trainee]) -> None:
+        while asking := [one for one in members if isinstance(one.request, Forward)]:
+            for group in _by_kind(asking):
+                self._forward(group)
+        self._backward([one for one in members if isinstance(one.request, Backward)])
+        for trainee in members:
+            trainee.steps += 1
+            trainee.outputs.clear()
+            if isinstance(trainee.request, Backward):
+                trainee.advance()
 
     def _let_go(self, trainees: Sequence[Trainee]) -> list[Trainee]:
         ended = [one for one in trainees if one.member.finished]
@@ -168,8 +186,7 @@ class Engine:
         else:  # nobody to share a pass with: the run's own model takes it as fast as it trains alone
             arguments, spans = call.arguments, [Span.of(call)]
             forward, context = requests[0].alone, group[0].generators()
-        device = next(value for value in arguments.values() if isinstance(value, torch.Tensor)).device.type
-        with context, torch.autocast(device, call.autocast) if call.autocast else nullcontext():
+        with context, torch.autocast(call.device.type, call.autocast) if call.autocast else nullcontext():
             output = JointOutput(forward(**arguments), spans)
         for index, trainee in enumerate(group):
             trainee.outputs.append(_Part(output, plan, index))

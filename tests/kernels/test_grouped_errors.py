@@ -109,6 +109,24 @@ def test_a_token_index_that_does_not_fit_is_refused(index, fault):
         grouped(batch(7), ROWS["sorted"], dropout_p=0.1, token_index=index)
 
 
+@pytest.mark.parametrize(
+    ("mask", "fault"),
+    [
+        (
+            torch.ones(7, 5),
+            r"\(7, 5\) .*do not fit; pass a floating-point rank_mask \[tokens, largest rank\] = \[7, 24\]",
+        ),
+        (torch.ones(7, 24, dtype=torch.bool), "torch.bool cpu do not fit"),
+        (torch.ones(7, 24, device="meta"), "meta do not fit"),
+        (torch.ones(7, 24, requires_grad=True), "rank_mask asks for a gradient"),
+    ],
+    ids=["narrow", "bool", "meta", "gradient"],
+)
+def test_a_rank_mask_that_does_not_fit_is_refused(mask, fault):
+    with pytest.raises(ValueError, match=fault):
+        grouped(batch(7), ROWS["sorted"], rank_mask=mask)
+
+
 def test_dtypes_of_the_base_that_disagree_are_refused_outside_of_autocast():
     x, weight, bias, a, b = batch(7)
     with pytest.raises(ValueError, match=r"weight \(23, 17\) torch.bfloat16.*differ in the dtype of the base"):

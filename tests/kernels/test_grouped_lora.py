@@ -249,6 +249,23 @@ def test_dx_is_the_base_s_alone_exactly_where_x_was_dropped():
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0].view(21, IN) == 0, dropped)
 
 
+@pytest.mark.parametrize("ids", ROWS.values(), ids=ROWS)
+@ANY_RANKS
+def test_a_rank_mask_lies_between_the_factors_of_each_adapter(ranks, ids):
+    tensors, dy = batch(7, 13, ranks=ranks), torch.randn(7, 13, OUT)
+    mask = torch.rand(91, max(ranks)).bernoulli().mul(2)
+    ours = gradients(grouped(tensors, ids, rank_mask=mask), tensors, dy)
+    x, weight, bias, a, b = tensors
+    for i in sorted({*ids} - {-1}):
+        own = torch.tensor(tokens_of(i, ids, 91))
+        part = x.detach().view(-1, IN)[own].requires_grad_()
+        y = lora_linear(part, weight, bias, a[i], b[i], SCALES[i], 0.0, mask[own, : ranks[i]])
+        alone = [y, *torch.autograd.grad(y, (part, a[i], b[i]), dy.view(-1, OUT)[own])]
+        together = ours[0].view(-1, OUT)[own], ours[1].view(-1, IN)[own], ours[2 + i], ours[7 + i]
+        for out, exact in zip(together, alone, strict=True):
+            assert relative_error(out, exact) <= TOLERANCE[FP32]
+
+
 def test_seeds_are_drawn_in_order_for_the_adapters_that_drop():
     tensors, dropout_p = batch(7, 3), (0.0, 0.3, 0.0, 0.5, 0.2)
     torch.manual_seed(1)
@@ -340,7 +357,7 @@ class Operators(TorchDispatchMode):
 def operators(ids, ranks=RANKS) -> list[str]:
     x, weight, bias, a, b = detached(batch(len(ids), 2, ranks=ranks))
     order, offsets = RowGroups.of(ids, len(ranks)).sorted_on(x.device)
-    layout = (1.0,) * len(ranks), order, offsets, [0.0] * len(ranks), None, None
+    layout = (1.0,) * len(ranks), order, offsets, [0.0] * len(ranks), None, None, None
     with Operators() as log:
         y, s = reference.forward(x, weight, bias, a, b, *layout, FP32)
         reference.backward(y, x, s, weight, a, b, *layout, True, [True] * len(ranks), [True] * len(ranks))
@@ -411,7 +428,8 @@ def test_ops_pass_opcheck(dropout_p):
     x, weight, bias, a, b = detached(batch(7, 2))
     order, offsets = RowGroups.of(ROWS["scattered"], 5).sorted_on(x.device)
     seeds, index = (torch.arange(5), torch.arange(14)) if dropout_p else (None, None)
-    layout = list(SCALES), order, offsets, [dropout_p] * 5, seeds, index
+    mask = torch.rand(14, max(RANKS)).round() if dropout_p else None
+    layout = list(SCALES), order, offsets, [dropout_p] * 5, seeds, index, mask
     forward = x, weight, bias, a, b, *layout, FP32, True
     torch.library.opcheck(OPS.grouped_lora_forward.default, forward)
     y, s = OPS.grouped_lora_forward(*forward)

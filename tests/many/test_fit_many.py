@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
 
-from petune.many import fit_many
+from petune.many import engine, fit_many
 from tests.conftest import TOLERANCE, relative_error
 from tests.many.learners import Learner, alone, bilora, lora, rows, run
 
@@ -66,6 +66,26 @@ def test_each_family_learns_together_what_it_learns_alone(family, head, task_typ
     assert all(result.error is None for result in fit_many(runs).values())
     for index in range(2):
         assert_alike(runs[str(index)].task, alone(one("alone", index)))
+
+
+def test_a_run_in_no_company_and_runs_that_fill_the_device_take_their_own_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "_FULL", {"cpu": 20})
+    passes: list[int] = []
+    merge = engine.merge
+    monkeypatch.setattr(engine, "merge", lambda calls: passes.append(len(calls)) or merge(calls))
+
+    def one(place: str, name: str):
+        large = name.startswith("large")
+        data = rows(count=6 if large else 4, length=11 if large else 6, seed=len(name))
+        return run(tmp_path / place / name, Learner(lora(lora_dropout=0.1)), data, batch=2, seed=len(name))
+
+    runs = {name: one("together", name) for name in ("large", "small", "large too", "small too")}
+    assert [result.error for result in fit_many(runs).values()] == [None] * 4
+    assert passes == [2, 2]  # the two steps of the small ones
+    for name, together in runs.items():
+        assert_alike(together.task, alone(one("alone", name)))
+    fit_many({"only": one("single", "small")})
+    assert len(passes) == 2
 
 
 def test_runs_whose_trainers_have_a_progress_bar_train_without_it(tmp_path):

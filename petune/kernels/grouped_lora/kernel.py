@@ -24,13 +24,13 @@ __all__ = ["backward", "forward", "joined_forward", "packed_forward", "unsupport
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float],
     order: Tensor, offsets: Tensor, dropout_p: Sequence[float], seeds: Tensor | None, token_index: Tensor | None,
-    dtype: torch.dtype, keeps_s: bool = True,
+    rank_mask: Tensor | None, dtype: torch.dtype, keeps_s: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y = x Wᵀ + bias + scale_l/q_l · s B_lᵀ,  s = (x ⊙ m_l) A_lᵀ  for the tokens of adapter l; both in `dtype`."""
+    """y = x Wᵀ + bias + scale_l/q_l · s B_lᵀ,  s = (x ⊙ m_l) A_lᵀ ⊙ n  for the tokens of adapter l, in `dtype`."""
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     layout = _layout(order, offsets, a)
     masks = Dropped.of(dropout_p, seeds, token_index)
-    s = skinny.shrink(rows, torch.cat(tuple(a)), layout, masks=masks)
+    s = _on_rank(skinny.shrink(rows, torch.cat(tuple(a)), layout, masks=masks), rank_mask, layout)
     y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
     factors = _scales(scales, dropout_p, seeds, x.device)
     skinny.expand(s, torch.cat(tuple(b), dim=1).T, layout, out=y, scales=factors)
@@ -40,9 +40,10 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor | None, s: Tensor | None, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor],
     scales: Sequence[float], order: Tensor, offsets: Tensor, dropout_p: Sequence[float], seeds: Tensor | None,
-    token_index: Tensor | None, needs_dx: bool, needs_a: Sequence[bool], needs_b: Sequence[bool],
+    token_index: Tensor | None, rank_mask: Tensor | None, needs_dx: bool, needs_a: Sequence[bool],
+    needs_b: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """ds = scale_l/q_l · dy B_l,  dx = dy W + m_l ⊙ (ds A_l),  dA_l = dsᵀ (x ⊙ m_l),  dB_l = scale_l/q_l · dyᵀ s.
+    """ds = scale_l/q_l · dy B_l ⊙ n,  dx = dy W + m_l ⊙ (ds A_l),  dA_l = dsᵀ (x ⊙ m_l),  dB_l = scale_l/q_l · dyᵀ s.
 
     dA is [Σ rank, in_features], dB is flat; what no flag asks for is empty. dA takes x, dB takes s.
     """
@@ -57,6 +58,7 @@ def backward(
         ds, db = skinny.dual(rows, s, up, layout, scales=factors, dtype=db.dtype)
     else:
         ds = skinny.shrink(rows, up.T, layout, scales=factors)
+    ds = _on_rank(ds, rank_mask, layout)
     if any(needs_a):
         assert x is not None
         x_rows = x.reshape(-1, x.shape[-1]).to(dy.dtype)
@@ -97,6 +99,13 @@ def packed_forward(
         s = packed_skinny.shrink(rows, a, layout, width)
         packed_skinny.expand(s, b, layout, width, out=y, scales=factors)
     return (in_shape_of(x, y),)
+
+
+def _on_rank(s: Tensor, rank_mask: Tensor | None, layout: Layout) -> Tensor:
+    """s ⊙ n, the rows of s in the order of the adapters; s is used up."""
+    if rank_mask is None or not len(s):
+        return s
+    return s.mul_(rank_mask.reshape(len(layout.order), -1, s.shape[1])[layout.order].view_as(s))
 
 
 def _layout(order: Tensor, offsets: Tensor, a: Sequence[Tensor]) -> Layout:

@@ -18,13 +18,13 @@ _DISPATCHER = Dispatcher("grouped_lora", reference)
 _LIBRARY = torch.library.Library("petune", "FRAGMENT")
 _LIBRARY.define(
     "grouped_lora_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] a, Tensor[] b, float[] scales, "
-    "Tensor order, Tensor offsets, float[] dropout_p, Tensor? seeds, Tensor? token_index, ScalarType dtype, "
-    "bool keeps_s) -> (Tensor, Tensor)"
+    "Tensor order, Tensor offsets, float[] dropout_p, Tensor? seeds, Tensor? token_index, Tensor? rank_mask, "
+    "ScalarType dtype, bool keeps_s) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "grouped_lora_backward(Tensor dy, Tensor? x, Tensor? s, Tensor weight, Tensor[] a, Tensor[] b, float[] scales, "
-    "Tensor order, Tensor offsets, float[] dropout_p, Tensor? seeds, Tensor? token_index, bool needs_dx, "
-    "bool[] needs_a, bool[] needs_b) -> (Tensor, Tensor, Tensor)"
+    "Tensor order, Tensor offsets, float[] dropout_p, Tensor? seeds, Tensor? token_index, Tensor? rank_mask, "
+    "bool needs_dx, bool[] needs_a, bool[] needs_b) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -39,11 +39,14 @@ def grouped_lora(
     dropout_p: Sequence[float] | float = 0.0,
     seeds: Sequence[Tensor | int] | None = None,
     token_index: Tensor | None = None,
+    rank_mask: Tensor | None = None,
 ) -> Tensor:
-    """y[t] = x[t] Wᵀ + bias + scale_l · (drop_l(x[t]) A_lᵀ) B_lᵀ    for the adapter l of the token's row
+    """y[t] = x[t] Wᵀ + bias + scale_l · s[t] B_lᵀ,  s[t] = drop_l(x[t]) A_lᵀ ⊙ rank_mask[t]
+
+    l is the adapter of the token's row.
 
     Tokens of a row that takes none get x[t] Wᵀ + bias. No token and no gradient sees another adapter's numbers, be
-    they NaN. Kept for backward: x itself and s = drop(x) Aᵀ, [tokens, largest rank].
+    they NaN. Kept for backward: x itself and s, [tokens, largest rank].
 
     The mask of adapter l is the one that `petune.kernels.lora_linear.lora_linear` draws from seed l for the tokens of
     its rows alone, in their order: a run that is trained among others drops what it drops alone.
@@ -66,6 +69,8 @@ def grouped_lora(
             device's default generator, which `torch.manual_seed` and activation checkpointing replay.
         token_index: the place of each token among those of its adapter as its mask counts them, 0 or more, int32 or
             int64, [tokens]. None counts them as they stand. It is for batches padded to another length than alone.
+        rank_mask: dropout between A and B as the caller draws it, 0 or 1/keep, [tokens, largest rank], any floating
+            dtype, its rows those of x; of an adapter of a smaller rank the first columns count. None for none.
 
     Returns:
         y, [..., out_features], dtype of x or of autocast. Products accumulate in fp32; dA_l, dB_l have the dtypes of
@@ -73,7 +78,7 @@ def grouped_lora(
 
     Raises:
         ValueError: lists differ in length, tokens do not divide into rows, shapes, dtypes or devices disagree, a rank
-            is 0, or dropout_p is out of range.
+            is 0, dropout_p is out of range, or rank_mask asks for a gradient.
     """
     dtype, cast = product_dtype(x)
     check_base("grouped_lora", x, weight, bias, groups, cast)
@@ -86,8 +91,10 @@ def grouped_lora(
     if token_index is not None:
         _check_token_index(token_index, x)
         token_index = None if drawn is None else token_index
+    if rank_mask is not None:
+        _check_rank_mask(rank_mask, x, a)
     order, offsets = groups.sorted_on(x.device)
-    layout = order, offsets, dropout, drawn, token_index
+    layout = order, offsets, dropout, drawn, token_index, rank_mask
     scales = list(scales)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *a, *b)):
         present = groups.present() or (True,) * len(a)
@@ -131,6 +138,17 @@ def _check_token_index(token_index: Tensor, x: Tensor) -> None:
         )
 
 
+def _check_rank_mask(rank_mask: Tensor, x: Tensor, a: Sequence[Tensor]) -> None:
+    expected = (prod(x.shape[:-1]), max(down.shape[0] for down in a))
+    if rank_mask.shape != expected or not rank_mask.is_floating_point() or rank_mask.device != x.device:
+        raise ValueError(
+            f"grouped_lora: {described({'x': x, 'rank_mask': rank_mask})} do not fit; pass a floating-point rank_mask "
+            f"[tokens, largest rank] = {list(expected)} on the device of x."
+        )
+    if rank_mask.requires_grad:
+        raise ValueError("grouped_lora: rank_mask asks for a gradient, and a mask has none; pass rank_mask.detach().")
+
+
 def _seeds(dropout: Sequence[float], seeds: Sequence[Tensor | int] | None, device: torch.device) -> Tensor | None:
     """One seed for each adapter, int64 [adapters], 0 for those without dropout; None without any."""
     wanted = [i for i, p in enumerate(dropout) if p > 0.0]
@@ -160,7 +178,7 @@ def _as_seed(adapter: int, seed: Tensor | int, device: torch.device) -> Tensor:
 # --- the gradient --------------------------------------------------------------------------------------------------
 
 
-_CONSTANTS = 8  # arguments of the function before x
+_CONSTANTS = 9  # arguments of the function before x
 
 
 class _GroupedLora(torch.autograd.Function):
@@ -174,6 +192,7 @@ class _GroupedLora(torch.autograd.Function):
         dropout: Sequence[float],
         seeds: Tensor | None,
         token_index: Tensor | None,
+        rank_mask: Tensor | None,
         present: Sequence[bool],
         scales: Sequence[float],
         dtype: torch.dtype,
@@ -184,10 +203,10 @@ class _GroupedLora(torch.autograd.Function):
     ) -> Tensor:
         a, b = _halves(factors)
         needs_a, needs_b = _halves(ctx.needs_input_grad[_CONSTANTS + 3 :])
-        layout = order, offsets, dropout, seeds, token_index
+        layout = order, offsets, dropout, seeds, token_index, rank_mask
         y, s = _FORWARD(x, weight, bias, a, b, scales, *layout, dtype, any(needs_b))
         kept_x = x if any(needs_a) or ctx.needs_input_grad[_CONSTANTS + 1] else None
-        ctx.save_for_backward(kept_x, s, weight, order, offsets, seeds, token_index, *factors)
+        ctx.save_for_backward(kept_x, s, weight, order, offsets, seeds, token_index, rank_mask, *factors)
         ctx.dropout, ctx.scales, ctx.present = dropout, scales, present
         ctx.set_materialize_grads(False)
         return y
@@ -210,13 +229,13 @@ def _halves(flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * len(ctx.needs_input_grad)
-    x, s, weight, order, offsets, seeds, token_index, *factors = ctx.saved_tensors
+    x, s, weight, order, offsets, seeds, token_index, rank_mask, *factors = ctx.saved_tensors
     a, b = _halves(factors)
     needs_dx, needs_weight, needs_bias, *needs = ctx.needs_input_grad[_CONSTANTS:]
     needs_a, needs_b = (
         [need and here for need, here in zip(half, ctx.present, strict=True)] for half in _halves(needs)
     )
-    layout = order, offsets, ctx.dropout, seeds, token_index
+    layout = order, offsets, ctx.dropout, seeds, token_index, rank_mask
     dx, da, db = _BACKWARD(dy, x, s, weight, a, b, ctx.scales, *layout, needs_dx, needs_a, needs_b)
     ranks = [down.shape[0] for down in a]
     das, dbs = [None] * len(a), [None] * len(b)
@@ -289,8 +308,8 @@ def _forward_flops(
 
 def _backward_flops(
     dy: Tensor, x: Any, s: Any, weight: Tensor, a: Sequence[Tensor], b: Any, scales: Any, order: Tensor,
-    offsets: Tensor, dropout_p: Any, seeds: Any, token_index: Any, needs_dx: bool, needs_a: Sequence[bool],
-    needs_b: Sequence[bool], **_: Any,
+    offsets: Tensor, dropout_p: Any, seeds: Any, token_index: Any, rank_mask: Any, needs_dx: bool,
+    needs_a: Sequence[bool], needs_b: Sequence[bool], **_: Any,
 ) -> int:  # fmt: skip
     """dy W and, of each token's adapter, dy B_l, ds A_l, dsᵀ x and dyᵀ s as far as they are asked for."""
     tokens, (out_features, in_features) = prod(dy.shape[:-1]), weight.shape

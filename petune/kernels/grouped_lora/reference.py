@@ -20,23 +20,23 @@ from petune.kernels.packed_lora import unpacked
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float],
     order: Tensor, offsets: Tensor, dropout_p: Sequence[float], seeds: Tensor | None, token_index: Tensor | None,
-    dtype: torch.dtype, keeps_s: bool = True,
+    rank_mask: Tensor | None, dtype: torch.dtype, keeps_s: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y = x Wᵀ + bias + scale_l/q_l · s B_lᵀ,  s = (x ⊙ m_l) A_lᵀ  for the tokens of adapter l; both in `dtype`.
+    """y = x Wᵀ + bias + scale_l/q_l · s B_lᵀ,  s = (x ⊙ m_l) A_lᵀ ⊙ n  for the tokens of adapter l; both in `dtype`.
 
-    m_l is the keep mask, q_l its mean. s is [tokens, largest rank], its rows in the order of the adapters, or
-    [tokens, 0] where it is not kept.
+    m_l is the keep mask, q_l its mean, n the mask of the rank. s is [tokens, largest rank], its rows in the order of
+    the adapters, or [tokens, 0] where it is not kept.
     """
     layout = _Layout.of(order, offsets, x)
     rows = layout.gathered(x.to(dtype))
     y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
     s = rows.new_zeros(len(rows), max(t.shape[0] for t in a) if keeps_s else 0)
-    masks = _Masks(dropout_p, seeds, token_index, layout)
+    masks = _Masks(dropout_p, seeds, token_index, rank_mask, layout)
     for block in layout.blocks(_kinds(a, b)):
         own = block.split(rows[block.tokens])
         if (mask := masks.of(block, own)) is not None:
             own = mask.mul_(own)
-        down = own @ block.stack(a, dtype).mT
+        down = masks.on_rank(block, own @ block.stack(a, dtype).mT)
         if keeps_s:
             s[block.places, : block.rank] = down.flatten(0, 1)
         block.split(y[block.tokens]).baddbmm_(down * block.scales(scales, masks, down), block.stack(b, dtype).mT)
@@ -46,9 +46,10 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor | None, s: Tensor | None, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor],
     scales: Sequence[float], order: Tensor, offsets: Tensor, dropout_p: Sequence[float], seeds: Tensor | None,
-    token_index: Tensor | None, needs_dx: bool, needs_a: Sequence[bool], needs_b: Sequence[bool],
+    token_index: Tensor | None, rank_mask: Tensor | None, needs_dx: bool, needs_a: Sequence[bool],
+    needs_b: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """ds = scale_l/q_l · dy B_l,  dx = dy W + m_l ⊙ (ds A_l),  dA_l = dsᵀ (x ⊙ m_l),  dB_l = scale_l/q_l · dyᵀ s.
+    """ds = scale_l/q_l · dy B_l ⊙ n,  dx = dy W + m_l ⊙ (ds A_l),  dA_l = dsᵀ (x ⊙ m_l),  dB_l = scale_l/q_l · dyᵀ s.
 
     dA is [Σ rank, in_features], one below the other; dB is flat, one [out_features, rank_l] after the other; zero
     where an adapter has no tokens. What no flag asks for is empty. dA takes x, dB takes s. The adapters' own products
@@ -61,7 +62,7 @@ def backward(
     da = torch.zeros(sum(ranks) if any(needs_a) else 0, in_features, dtype=widest(a), device=dy.device)
     db = torch.zeros(out_features * sum(ranks) if any(needs_b) else 0, dtype=widest(b), device=dy.device)
     starts = [0, *accumulate(ranks)]
-    masks = _Masks(dropout_p, seeds, token_index, layout)
+    masks = _Masks(dropout_p, seeds, token_index, rank_mask, layout)
     for block in layout.blocks(_kinds(a, b)):
         begin, end = starts[block.adapters.start], starts[block.adapters.stop]
         wants_a, wants_b = any(needs_a[i] for i in block.adapters), any(needs_b[i] for i in block.adapters)
@@ -75,6 +76,7 @@ def backward(
             db[out_features * begin : out_features * end].view_as(product.mT).copy_(product.mT)
         if wants_a or needs_dx:
             ds = (block.stack(b, dtype).mT @ own.mT).mul_(scale)  # [adapters, rank, tokens of each]
+            ds = masks.on_rank(block, ds.mT).mT
             mask = masks.of(block, own, in_features)
             if wants_a:
                 assert x_rows is not None
@@ -236,7 +238,12 @@ class _Masks:
     """The masks of the adapters' tokens, as `lora_linear` would make each for its tokens alone."""
 
     def __init__(
-        self, dropout_p: Sequence[float], seeds: Tensor | None, token_index: Tensor | None, layout: _Layout
+        self,
+        dropout_p: Sequence[float],
+        seeds: Tensor | None,
+        token_index: Tensor | None,
+        rank_mask: Tensor | None,
+        layout: _Layout,
     ) -> None:
         self._masks = [
             mask_of(p, seeds[i : i + 1]) if p and seeds is not None else None for i, p in enumerate(dropout_p)
@@ -244,6 +251,13 @@ class _Masks:
         if token_index is not None and layout.gather is not None:
             token_index = token_index.index_select(0, layout.gather)
         self._token_index = token_index
+        self._rank_mask = None if rank_mask is None else layout.gathered(rank_mask)
+
+    def on_rank(self, block: _Block, s: Tensor) -> Tensor:
+        """s ⊙ n, [adapters, tokens of each, rank]."""
+        if self._rank_mask is None:
+            return s
+        return s * block.split(self._rank_mask[block.tokens, : block.rank]).to(s.dtype)
 
     def mean(self, adapter: int) -> float:
         """q_l, 1 where nothing is dropped."""

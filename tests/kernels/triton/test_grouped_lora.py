@@ -175,6 +175,16 @@ def test_a_token_index_overrides_the_count(device):
         assert relative_error(out, reference) <= 2 * bound(FP32)
 
 
+@pytest.mark.parametrize("ids", [ROWS["scattered"], ROWS["beside each other"]], ids=["scattered", "beside"])
+def test_a_rank_mask_lies_between_the_factors(ids, device, monkeypatch):
+    tensors, dy = batch(7, 3, device=device, **SIZES), torch.randn(7, 3, 36, device=device)
+    mask = torch.rand(21, max(RANKS), device=device).round().mul(2)
+    ours = run(tensors, ids, dy, rank_mask=mask)
+    monkeypatch.setenv("PETUNE_KERNELS", "reference")
+    for out, reference in zip(ours, run(tensors, ids, dy, rank_mask=mask), strict=True):
+        assert relative_error(out, reference) <= 4 * bound(FP32)
+
+
 def test_two_runs_give_the_same_bits_and_so_does_one_without_gradients(device, many_chunks):
     tensors, dy = batch(68, device=device, **SIZES), torch.randn(68, 36, device=device)
     groups, dropout = RowGroups.of(EDGES, 5), {"dropout_p": DROPOUT, "seeds": range(5)}
