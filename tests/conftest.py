@@ -37,3 +37,5 @@ def tolerance():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(1)  # a benchmark's smoke run takes all cores, and would leave them to all tests after it

@@ -3,8 +3,6 @@
 import copy
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +24,7 @@ from petune.export import (
     save_adapter,
     save_model,
 )
+from tests import fresh
 from tests.callbacks.runs import bert, lora
 from tests.conftest import TOLERANCE, relative_error
 
@@ -157,7 +156,8 @@ def test_the_model_card_is_filled_and_its_code_runs(tmp_path, named_base):
     script = (
         code_of(card) + "import torch\ntorch.save(model.eval()(input_ids=torch.arange(5, 35).view(3, 10)).logits, 'x')"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path / "adapter", check=True)
+    done = fresh.run(script, cwd=tmp_path / "adapter")
+    assert done.code == 0, done.errors
     assert torch.equal(torch.load(tmp_path / "adapter" / "x"), logits(model))
 
 
@@ -243,7 +243,8 @@ def test_a_merged_model_needs_neither_peft_nor_petune(tmp_path, config, base):
         "torch.save(model(input_ids=torch.arange(5, 35).view(3, 10)).logits, sys.argv[2])\n"
         "assert not {'peft', 'petune'} & sys.modules.keys()"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "merged"), str(tmp_path / "x")], check=True)
+    done = fresh.run(script, tmp_path / "merged", tmp_path / "x")
+    assert done.code == 0, done.errors
     assert relative_error(torch.load(tmp_path / "x"), wanted) < TOLERANCE[torch.float32]
 
 

@@ -1,8 +1,6 @@
 """Adapters of few bits leave as they came: packed folders, plain LoRAs and merged models with the same outputs."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from petune import BiAdapterConfig, BiLoraConfig
 from petune.convert import _alpha
 from petune.export import TaskStore, export_lora, export_merged, load_adapter, load_run, save_adapter, write_tasks
+from tests import fresh
 from tests.families import FAMILIES
 
 HEAD = {"task_type": None, "bi_head": "classifier"}
@@ -74,7 +73,8 @@ assert not any(name.split(".")[0] == "petune" for name in sys.modules)
 
 def run_alone(folder):
     """Have a process that knows transformers and peft, and not PETune, write the logits of every case."""
-    subprocess.run([sys.executable, "-c", ALONE, str(folder)], check=True, cwd=folder)
+    done = fresh.run(ALONE, folder, cwd=folder)
+    assert done.code == 0, done.errors
 
 
 LORAS = {

@@ -1,8 +1,6 @@
 """Exports of an adapter that prunes: a smaller stock model, or a compact one that PETune loads."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from petune.adapters.pat import PatConfig
 from petune.export import export_lora, export_merged, load_adapter, load_run, save_adapter
 from petune.probe import first_output
 from petune.pruned import load_pruned
+from tests import fresh
 from tests.conftest import relative_error
 from tests.families import FAMILIES
 
@@ -73,7 +72,8 @@ def test_a_stock_export_needs_no_petune(tmp_path):
         f"torch.save(logits, {str(tmp_path / 'logits.pt')!r})\n"
         f"assert model.config.hidden_size == {KEPT} and 'petune' not in sys.modules and 'peft' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    done = fresh.run(code, cwd=tmp_path)
+    assert done.code == 0, done.errors
     assert relative_error(torch.load(tmp_path / "logits.pt"), model(**inputs).logits) <= 1e-5
 
 

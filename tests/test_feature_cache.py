@@ -2,9 +2,6 @@
 
 import copy
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from petune.adapters.side import HierarchicalSideConfig, LadderSideConfig
 from petune.feature_cache import FeatureCache
 from petune.feature_tape import Replay
+from tests import fresh
 from tests.feature_runs import ROWS, Run, build, data, family, pick, without
 
 CASES = [
@@ -192,10 +190,9 @@ def test_another_process_goes_on_with_a_folder(tmp_path):
     run = Run(build())
     with cached(run, where=tmp_path):
         run.epochs(data(), 1)
-    command = [sys.executable, "-m", "tests.feature_runs", str(tmp_path)]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, timeout=240)
-    counts, losses = done.stdout.strip().splitlines()[-2:]
+    done = fresh.run(fresh.script("tests.feature_runs"), tmp_path)
+    assert done.code == 0, done.errors
+    counts, losses = done.output.strip().splitlines()[-2:]
     # three batches, of which the first runs its four blocks to be compared
     assert counts == f"[4] {ROWS - 4} {ROWS}"
     assert [float(loss) for loss in losses.split()] == pytest.approx(without("bert", "cls", 7).losses, rel=1e-5)

@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 import textwrap
 
 import peft
@@ -14,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForSequenceClassification
 
 from petune.topology import find_topology
+from tests import fresh
 from tests.adapters.cases import BY_NAME, cases, cases_and_families
 from tests.adapters.harness import (
     adapted,
@@ -373,5 +372,5 @@ def test_a_fresh_process_computes_the_same_logits(case, tmp_path):
             assert torch.equal(model(**expected["batch"]).logits, expected["logits"])
         print("same")
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip().endswith("same"), done.stderr
+    done = fresh.run(textwrap.dedent(code))
+    assert done.output.strip().endswith("same"), done.errors

@@ -1,8 +1,5 @@
 """Bad input, and that a refusal leaves the model as it was: rows 1 to 8 of the error catalogue."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -13,6 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from petune import tuner
+from tests import fresh
 from tests.adapters.cases import BY_NAME, cases
 from tests.adapters.harness import adapted, assert_same_tensors, build, inputs, output, snapshot, targets
 from tests.conftest import relative_error
@@ -35,9 +33,9 @@ def refuses(model: nn.Module, config: object, match: str) -> None:
 def test_an_adapter_loaded_without_importing_petune_is_a_key_error_of_pefts(tmp_path):
     adapted(BY_NAME["densedelta"], "bert").save_pretrained(tmp_path)
     code = f"from peft import PeftConfig; PeftConfig.from_pretrained(r'{tmp_path}')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 1
-    assert "KeyError: 'PETUNE_DENSEDELTA'" in done.stderr
+    done = fresh.run(code, cwd=tmp_path)
+    assert done.code == 1
+    assert "KeyError: 'PETUNE_DENSEDELTA'" in done.errors
 
 
 @cases(**OURS)

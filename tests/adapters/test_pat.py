@@ -1,8 +1,6 @@
 """Pruning-aware tuning in training: the layers' equations, what is masked where, and that a mask is saved as it is."""
 
 import copy
-import subprocess
-import sys
 import textwrap
 from typing import Any
 
@@ -20,6 +18,7 @@ from petune.adapters.pat import PatConfig, PatLinear, PatNorm
 from petune.adapters.pat.layer import Hybrid, masked_norm, norm_kind
 from petune.adapters.pat.sites import find_sites
 from petune.topology import find_topology
+from tests import fresh
 from tests.adapters.harness import assert_same_tensors, base_tensors, build, gradients, inputs, output, snapshot
 from tests.adapters.pat_models import (
     KEPT,
@@ -421,5 +420,5 @@ def test_soft_and_hard_masks_are_the_same_in_a_fresh_process(tmp_path):
                 assert torch.equal(model(**expected["batch"]).logits, expected["logits"]), step
         print("same")
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip().endswith("same"), done.stderr
+    done = fresh.run(textwrap.dedent(code))
+    assert done.output.strip().endswith("same"), done.errors

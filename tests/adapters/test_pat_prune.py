@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from petune.adapters.pat import PatNorm
 from petune.adapters.pat.prune import Pruning
 from petune.export import export_merged
 from petune.pruned import MARK, load_pruned
+from tests import fresh
 from tests.adapters.harness import Batch, build, inputs, output, snapshot
 from tests.adapters.pat_models import (
     KEPT,
@@ -256,15 +255,9 @@ def test_transformers_alone_loads_the_stock_export_and_gives_the_same_logits(tmp
         export_merged(model, tmp_path / "models" / family)
         assert not (tmp_path / "models" / family / MARK).exists()
         torch.save({"batch": dict(batch), "logits": logits}, tmp_path / "models" / family / "seen.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(RELOAD), str(tmp_path / "models")],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout.splitlines()[-1])
+    done = fresh.run(textwrap.dedent(RELOAD), tmp_path / "models", cwd=tmp_path)
+    assert done.code == 0, done.errors
+    errors = json.loads(done.output.splitlines()[-1])
     assert errors.keys() == {*STOCK, *COMPACT, "phi"}
     assert [name for name, (error, keys) in errors.items() if not error <= EXACT or keys] == []
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from petune.callbacks import AdapterCheckpoint
 from petune.callbacks.checkpoint_io import SafeCheckpointIO
+from tests import fresh
 from tests.callbacks import runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -241,8 +242,7 @@ torch.save = half
 io.save_checkpoint({"value": 2}, sys.argv[1])
 """
     path = tmp_path / "last.ckpt"
-    killed = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    assert fresh.run(script, path).code == -signal.SIGKILL
     assert SafeCheckpointIO().load_checkpoint(path) == {"value": 1}
     SafeCheckpointIO().save_checkpoint({"value": 3}, path)
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]  # what the killed process left is gone

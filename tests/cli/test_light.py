@@ -46,8 +46,8 @@ def test_a_light_command_imports_nothing_heavy(arguments):
 
 @pytest.mark.parametrize("arguments", LIGHT_COMMANDS, ids=" ".join)
 def test_a_light_command_answers_in_a_third_of_a_second(arguments):
-    # CPU seconds, best of three: what a busy machine makes slower is the clock on the wall, seldom all of these
-    assert min(probe(arguments)["seconds"] for _ in range(3)) < 0.3
+    # CPU seconds, one try of three: what a busy machine makes slower is the clock on the wall, seldom all of these
+    assert any(probe(arguments)["seconds"] < 0.3 for _ in range(3))
 
 
 def test_importing_petune_is_light():

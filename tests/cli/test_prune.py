@@ -1,7 +1,5 @@
 """Pruning-aware tuning from the command line: fit with the schedule, and a smaller stock model from the export."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from petune.adapters.pat import PatConfig
 from petune.cli import main
 from petune.export import load_adapter, load_run, save_adapter
 from petune.pruned import load_pruned
+from tests import fresh
 from tests.conftest import relative_error
 
 SETTINGS = """
@@ -91,7 +90,8 @@ def test_the_merged_export_is_a_smaller_stock_model(run, tmp_path, capsys):
         "torch.save(model(**torch.load('batch.pt')).logits.detach(), 'logits.pt')\n"
         "assert model.config.hidden_size == 24 and 'petune' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    done = fresh.run(code, cwd=tmp_path)
+    assert done.code == 0, done.errors
     with torch.no_grad():
         wanted = load_adapter(run).eval()(**batch).logits
     assert relative_error(torch.load(tmp_path / "logits.pt"), wanted) <= 1e-5
