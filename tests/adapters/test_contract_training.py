@@ -1,5 +1,10 @@
 """The contract in training: every trainer, precision, memory saver and wrapper leaves an adapter an adapter."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
@@ -20,7 +25,8 @@ from tests.adapters.harness import (
 )
 from tests.conftest import TOLERANCE, relative_error
 from tests.families import FAMILIES
-from tests.fresh import Fresh
+
+ROOT = Path(__file__).parents[2]
 
 
 def fresh(case: Case, family: str = "bert", head: str = "cls", **fields: object) -> PeftModel:
@@ -167,10 +173,17 @@ def test_ddp_on_two_processes_averages_the_gradients_of_the_adapter(name, tmp_pa
     torch.manual_seed(1)
     model = get_peft_model(build("bert"), case.random_config(**targets(case))).eval()
     expected = gradients(model, lambda: model(**inputs("bert", batch_size=4)).loss)
-    arguments = [tmp_path / "store", tmp_path / "grads.pt", name]
-    processes = [Fresh(DDP, rank, *arguments, GLOO_SOCKET_IFNAME="lo") for rank in range(2)]
-    done = [process.wait() for process in processes]
-    assert [one.code for one in done] == [0, 0], done
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    arguments = [str(tmp_path / "store"), str(tmp_path / "grads.pt"), name]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", DDP, str(rank), *arguments], env=environment, cwd=ROOT)
+        for rank in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
     grads = torch.load(tmp_path / "grads.pt")
     assert grads.keys() == expected.keys()
     assert max(relative_error(grads[name], expected[name]) for name in grads) <= TOLERANCE[torch.float32]

@@ -1,8 +1,12 @@
 """ISTCallback, LISACallback and FreezeByMotion: who trains in each step, what is restored, resumed and refused."""
 
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -16,7 +20,6 @@ from petune.adapters.onebit import BiLoraConfig
 from petune.adapters.pat import PatConfig
 from petune.callbacks import FreezeByMotion, ISTCallback, LISACallback, PruningSchedule
 from petune.tasks import TextClassification
-from tests import fresh
 from tests.callbacks import runs, scheduled
 from tests.feature_runs import family
 from tests.tasks import tiny
@@ -333,10 +336,16 @@ def test_two_processes_choose_alike_and_learn_what_one_does(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-    code = fresh.script("tests.callbacks.scheduled")
-    both = [fresh.Fresh(code, tmp_path, **shared, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
-    done = [process.wait() for process in both]
-    assert [one.code for one in done] == [0, 0], done
+    command = [sys.executable, "-m", "tests.callbacks.scheduled", str(tmp_path)]
+    root = Path(__file__).parents[2]
+    both = [
+        subprocess.Popen(
+            command, cwd=root, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE
+        )
+        for rank in "01"
+    ]
+    errors = [process.communicate(timeout=240)[1].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in "01")
     assert first == second
     for name, make in scheduled.SCHEDULES.items():

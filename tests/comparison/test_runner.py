@@ -68,8 +68,12 @@ def test_an_interrupt_ends_the_run_that_is_under_way(trial, monkeypatch, stubbor
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        list(run_in_processes([trial]))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs, and Lightning, ignore
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(run_in_processes([trial]))
+    finally:
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(ProcessLookupError):
         os.kill(int(log.read_text()), 0)
 

@@ -1,8 +1,11 @@
 """Two processes on gloo train what one does, write what one does, and take over from one another."""
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import filelock
@@ -10,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import fresh
 from tests.distributed import runs
 
 pytestmark = pytest.mark.timeout(900)  # two processes wait for one another: a busy machine makes them slow
 
+ROOT = Path(__file__).resolve().parents[2]
 COMPARED = [(strategy, name) for strategy, name in runs.PLACES if name not in runs.METHODS_OF_IMAGES]
 
 
@@ -38,10 +41,20 @@ def _train(folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    code = fresh.script("tests.distributed.runs")
-    processes = [fresh.Fresh(code, rank, port, folder) for rank in range(2)]
-    done = [process.wait(timeout=600) for process in processes]
-    assert [one.code for one in done] == [0, 0], done[0].errors[-3000:]
+    command = [sys.executable, "-m", "tests.distributed.runs"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    logs = [(folder / f"rank{rank}.log").open("w") for rank in range(2)]
+    processes = [
+        subprocess.Popen([*command, str(rank), port, str(folder)], env=environment, cwd=ROOT, stdout=log, stderr=log)
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        codes = [process.wait(timeout=600) for process in processes]
+    finally:
+        for process, log in zip(processes, logs, strict=True):
+            process.kill()
+            log.close()
+    assert codes == [0, 0], (folder / "rank0.log").read_text()[-3000:]
 
 
 @pytest.fixture(scope="module")
