@@ -138,12 +138,17 @@ def tensor(module: nn.Module, name: str) -> Any:
     return module._parameters[name] if name in module._parameters else getattr(module, name)
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module is more, or something else, than its class's forward."""
+def is_hooked(module: nn.Module, *, but_before: bool = False) -> bool:
+    """Whether calling the module is more, or something else, than its class's forward.
+
+    Args:
+        module: any.
+        but_before: leave out hooks that run before it.
+    """
     state = module.__dict__
     return bool(
         "forward" in state
-        or state["_forward_pre_hooks"]
+        or (state["_forward_pre_hooks"] and not but_before)
         or state["_forward_hooks"]
         or state["_backward_pre_hooks"]
         or state["_backward_hooks"]

@@ -1,17 +1,25 @@
 """`adapter_names`: batches whose rows take different adapters, by the grouped operator."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from functools import lru_cache, wraps
-from typing import Any
+from functools import lru_cache, partial, wraps
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
-from petune.kernels.grouped_lora import JoinedFactors, RowGroups, grouped_joined_lora, grouped_lora
-from petune.low_rank import Operands
+from petune.kernels.grouped_lora import (
+    JoinedFactors,
+    RowGroups,
+    grouped_joined_lora,
+    grouped_lora,
+    grouped_lora_projections,
+)
+from petune.low_rank import Operands, is_hooked
+
+_T = TypeVar("_T")
 
 
 @lru_cache(maxsize=64)
@@ -39,37 +47,69 @@ class Mixed:
 
     def __init__(self, operands: Sequence[Operands], groups: RowGroups) -> None:
         self.weight, self.bias = operands[0].weight, operands[0].bias
-        self._a, self._b = [one.a for one in operands], [one.b for one in operands]
-        self._scales, self._dropout_p = [one.scale for one in operands], [one.dropout_p for one in operands]
+        self.a, self.b = [one.a for one in operands], [one.b for one in operands]
+        self.scales, self.dropout_p = [one.scale for one in operands], [one.dropout_p for one in operands]
+        self.groups = groups
         self._rank_dropout_p = [one.rank_dropout_p for one in operands]
-        self._groups = groups
         self._joined: JoinedFactors | None = None
         self._was_called = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or any(self._dropout_p) or any(self._rank_dropout_p):
-            operands = self._a, self._b, self._scales, self._groups, self._dropout_p
+        if torch.is_grad_enabled() or any(self.dropout_p) or any(self._rank_dropout_p):
+            operands = self.a, self.b, self.scales, self.groups, self.dropout_p
             return grouped_lora(x, self.weight, self.bias, *operands, rank_mask=self._rank_mask(x))
-        joined = self._joined or JoinedFactors.of(self._a, self._b, self._scales)
+        joined = self._joined or JoinedFactors.of(self.a, self.b, self.scales)
         if self._was_called:  # not before: a single pass would hold a second copy of all factors for nothing
             self._joined = joined
         self._was_called = True
-        return grouped_joined_lora(x, self.weight, self.bias, joined, self._groups)
+        return grouped_joined_lora(x, self.weight, self.bias, joined, self.groups)
 
     def _rank_mask(self, x: Tensor) -> Tensor | None:
         """0 or 1 / (1 − p), [tokens, largest rank], with the p of each token's adapter."""
         if not any(self._rank_dropout_p):
             return None
-        keep = 1.0 - x.new_tensor([*self._rank_dropout_p, 0.0])[self._groups.ids.to(x.device)]  # -1 is the last
-        tokens, rank = x.numel() // x.shape[-1], max(len(down) for down in self._a)
+        keep = 1.0 - x.new_tensor([*self._rank_dropout_p, 0.0])[self.groups.ids.to(x.device)]  # -1 is the last
+        tokens, rank = x.numel() // x.shape[-1], max(len(down) for down in self.a)
         by_token = keep.repeat_interleave(tokens // len(keep)).unsqueeze(1).expand(-1, rank)
         return by_token.bernoulli().div(by_token)
+
+
+class MixedProjections:
+    """Several projections of one x in training, each `Mixed`
+
+    Args:
+        parts: of each projection; of the same adapters for the same rows.
+    """
+
+    def __init__(self, parts: Sequence[Mixed]) -> None:
+        self._parts = parts
+
+    @classmethod
+    def of(cls, parts: Sequence[Mixed]) -> "MixedProjections | None":
+        """None where one operator cannot compute them all."""
+        first = parts[0]
+        alike = all(one.groups is first.groups and one.dropout_p == first.dropout_p for one in parts)
+        by_adapter = zip(*(one.a + one.b for one in parts), strict=True) if alike else ()
+        return cls(parts) if alike and all(len({t.dtype for t in own}) == 1 for own in by_adapter) else None
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        parts = self._parts
+        return grouped_lora_projections(
+            x,
+            [one.weight for one in parts],
+            [one.bias for one in parts],
+            [one.a for one in parts],
+            [one.b for one in parts],
+            [one.scales for one in parts],
+            parts[0].groups,
+            parts[0].dropout_p,
+        )
 
 
 Call = Callable[[Tensor], Tensor]
 """From a layer's input to its output."""
 
-_known: ContextVar[dict[nn.Module, tuple[Sequence[str], Call | None]] | None] = ContextVar("_known", default=None)
+_known: ContextVar[dict[Hashable, tuple[Sequence[str], Any]] | None] = ContextVar("_known", default=None)
 
 
 @contextmanager
@@ -85,14 +125,22 @@ def one_call() -> Generator[None]:
         _known.reset(token)
 
 
-def mixed(layer: nn.Module, names: Sequence[str], make: Callable[[], Call | None]) -> Call | None:
-    """What `make` gives, or has given before for this layer and this very list in the same `one_call`."""
+def mixed(owner: Hashable, names: Sequence[str], make: Callable[[], _T]) -> _T:
+    """What `make` gives, or has given before for this owner and this very list in the same `one_call`."""
     known = None if torch.compiler.is_compiling() else _known.get()
     if known is None:
         return make()
-    if layer not in known or known[layer][0] is not names:
-        known[layer] = names, make()
-    return known[layer][1]
+    if owner not in known or known[owner][0] is not names:
+        known[owner] = names, make()
+    return known[owner][1]
+
+
+def brings_names(layer: nn.Module, names: Sequence[str]) -> bool:
+    """Whether calling the layer is its class's forward with `adapter_names`, and nothing else."""
+    state = layer.__dict__
+    before = list(state["_forward_pre_hooks"].values())
+    is_pefts = [isinstance(hook, partial) and hook.keywords.get("adapter_names") is names for hook in before]
+    return is_pefts == [True] and not is_hooked(layer, but_before=True)
 
 
 def allow_training(fused: type[LoraLayer]) -> None:

@@ -1,19 +1,20 @@
 """`Group`: the projections of one input of one parent module, computed by one operator."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from petune.adapters.lora.layer import FusedLoraLinear
-from petune.kernels.lora_group import lora_group
-from petune.low_rank import Operands, is_hooked
+Together = Callable[[Sequence[Any], Tensor], Sequence[Tensor] | None]
+"""From sibling layers and their input to the output of each, or to None where each must compute its own."""
 
 
 class _Pending(NamedTuple):
     """What was computed in advance, and for which input under which circumstances it holds."""
 
     x: Tensor
+    key: object
     circumstances: tuple[object, ...]
     outputs: dict[int, Tensor]
     """id of a layer to its output; the parent keeps the layers alive while its forward runs."""
@@ -24,7 +25,7 @@ class Group:
 
     Each of the others takes its output if it is called with the very same tensor, unchanged, under the same autograd
     and autocast modes; everything else goes the way of a layer of its own. What is not taken is dropped when the
-    parent's forward ends, by an exception too. With dropout the projections share one mask.
+    parent's forward ends, by an exception too.
 
     Between two calls a group holds neither modules nor tensors: a copy of the parent, or of one layer, is independent.
     """
@@ -44,18 +45,27 @@ class Group:
         parent.register_forward_pre_hook(self._open)
         parent.register_forward_hook(self._close, always_call=True)
 
-    def take(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """The layer's output for x; None where the layer must compute it alone."""
+    def take(self, layer: nn.Module, x: Tensor, together: Together, key: object = None) -> Tensor | None:
+        """The layer's output for x; None where the layer must compute it alone.
+
+        Args:
+            layer: which of them is called.
+            x: its input.
+            together: computes the outputs of all.
+            key: what else they depend on; each of them must be called with the very same one.
+        """
         parent, pending = self._parent, self._pending
         if parent is None or self.off or torch.compiler.is_compiling():
             return None
         if pending is None:
-            outputs = self._outputs(parent, layer, x)
+            outputs = self._outputs(parent, layer, x, together)
             if outputs is None:
                 self._parent = None  # the others need not look again in this call of the parent
                 return None
-            self._pending = pending = _Pending(x, _circumstances(x), outputs)
-        elif x is not pending.x or _circumstances(x) != pending.circumstances or id(layer) not in pending.outputs:
+            self._pending = pending = _Pending(x, key, _circumstances(x), outputs)
+        elif not (x is pending.x and key is pending.key and id(layer) in pending.outputs) or (
+            _circumstances(x) != pending.circumstances
+        ):
             self.off, self._pending = "its projections were not called once each with one input", None
             return None
         y = pending.outputs.pop(id(layer))
@@ -63,24 +73,15 @@ class Group:
             self._pending = None
         return y
 
-    def _outputs(self, parent: nn.Module, layer: nn.Module, x: Tensor) -> dict[int, Tensor] | None:
-        layers = [parent._modules.get(name) for name in self.names]
+    def _outputs(self, parent: nn.Module, layer: nn.Module, x: Tensor, together: Together) -> dict[int, Tensor] | None:
+        layers: list[Any] = [parent._modules.get(name) for name in self.names]
         # DataParallel runs replicas of the parent and its children in threads that share this object
         if layer not in layers or torch._C._are_functorch_transforms_active():
             return None
-        operands: list[Operands] = []
-        for sibling in layers:
-            if type(sibling) is not FusedLoraLinear or sibling.__dict__.get("group") is not self or is_hooked(sibling):
-                return None
-            own = sibling.operands(x)
-            if own is None:
-                return None
-            operands.append(own)
-        weights, biases, a, b, scales, dropouts, _ = zip(*operands, strict=True)
-        if len(set(dropouts)) > 1 or len({factor.dtype for factor in a + b}) > 1:
+        if any(sibling is None or sibling.__dict__.get("group") is not self for sibling in layers):
             return None
-        ys = lora_group(x, weights, biases, a, b, scales, dropouts[0])
-        return {id(sibling): y for sibling, y in zip(layers, ys, strict=True)}
+        ys = together(layers, x)
+        return None if ys is None else {id(sibling): y for sibling, y in zip(layers, ys, strict=True)}
 
     def _open(self, parent: nn.Module, args: tuple[Any, ...]) -> None:
         if not torch.compiler.is_compiling():

@@ -1,7 +1,7 @@
 """`FusedLoraLinear`: PEFT's LoRA linear layer with its forward as one operator."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
+from petune.adapters.lora.group import Group
 from petune.four_bits import keep_form
+from petune.kernels.lora_group import lora_group
 from petune.kernels.lora_linear import lora_linear
 from petune.low_rank import Operands, is_hooked, is_wrapped, takes, tensor, uncovered_base
-from petune.mixed_batch import Mixed, allow_training, mixed, row_groups
-
-if TYPE_CHECKING:
-    from petune.adapters.lora.group import Group
+from petune.mixed_batch import Mixed, MixedProjections, allow_training, brings_names, mixed, row_groups
 
 
 class FusedLoraLinear(LoraLinear):
@@ -29,7 +28,7 @@ class FusedLoraLinear(LoraLinear):
     `petune.kernels.grouped_lora`.
     """
 
-    group: "Group | None" = None
+    group: Group | None = None
     """The projections of one input that are computed together with this one."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -38,7 +37,7 @@ class FusedLoraLinear(LoraLinear):
             y = None if names is None or args or len(kwargs) > 1 else self._mixed(x, names)
             return super().forward(x, *args, **kwargs) if y is None else y
         if self.group is not None:
-            y = self.group.take(self, x)
+            y = self.group.take(self, x, _together)
             if y is not None:
                 return y
         operands = self.operands(x)
@@ -75,6 +74,10 @@ class FusedLoraLinear(LoraLinear):
         """The output for rows that take these adapters, or None where PEFT's loop over them must run."""
         if len(names) != len(x) or not self._takes(x, self._modules["base_layer"]):
             return None
+        if self.group is not None and torch.is_grad_enabled():
+            y = self.group.take(self, x, lambda layers, x: _mixed_together(layers, x, names), names)
+            if y is not None:
+                return y
         found = mixed(self, names, lambda: self._make_mixed(tuple(names)))
         return None if found is None else found(x)
 
@@ -98,6 +101,34 @@ class FusedLoraLinear(LoraLinear):
         a, b, dropout = parts(self, name)
         dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         return tensor(a, "weight"), tensor(b, "weight"), self.scaling[name], dropout_p
+
+
+def _together(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
+    """The outputs of sibling layers by `lora_group`, their dropout one mask for all; None where it covers them not."""
+    operands: list[Operands] = []
+    for layer in layers:
+        own = None if type(layer) is not FusedLoraLinear or is_hooked(layer) else layer.operands(x)
+        if own is None:
+            return None
+        operands.append(own)
+    weights, biases, a, b, scales, dropouts, _ = zip(*operands, strict=True)
+    if len(set(dropouts)) > 1 or len({factor.dtype for factor in a + b}) > 1:
+        return None
+    return lora_group(x, weights, biases, a, b, scales, dropouts[0])
+
+
+def _mixed_together(layers: Sequence[Any], x: Tensor, names: Sequence[str]) -> Sequence[Tensor] | None:
+    """As `_together`, for rows that take these adapters."""
+    if any(type(layer) is not FusedLoraLinear or not layer._takes(x, layer.base_layer) for layer in layers):
+        return None
+
+    def make() -> MixedProjections | None:
+        found = [layer._make_mixed(tuple(names)) for layer in layers if brings_names(layer, names)]
+        whole = [one for one in found if one is not None]
+        return MixedProjections.of(whole) if len(whole) == len(layers) else None
+
+    found = mixed(layers[0].group, names, make)
+    return None if found is None else found(x)
 
 
 def _weight(base: nn.Module) -> Tensor:

@@ -34,7 +34,7 @@ class Dispatcher:
 
         Args:
             function: forward or backward.
-            args: its arguments; the first is a tensor on the device that decides.
+            args: its arguments; the first is a tensor on the device that decides, or a list of such.
             dtype: of the products.
             rank: of all adapters together.
 
@@ -45,7 +45,7 @@ class Dispatcher:
         mode = os.environ.get("PETUNE_KERNELS", "auto")
         if mode not in _MODES:
             raise ValueError(f"PETUNE_KERNELS={mode!r} is not one of {', '.join(_MODES)}; unset it for auto.")
-        first = args[0]
+        first = args[0][0] if isinstance(args[0], list) else args[0]
         assert isinstance(first, Tensor)
         kind = first.device.type
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():

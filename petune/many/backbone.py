@@ -1,9 +1,9 @@
 """One frozen base for several runs: their adapters' layers meet in a copy of it that shares the weights."""
 
 import copy
-from collections.abc import Callable, Container, Generator, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,105 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase as _BatchNorm
 
 from petune.adapters.lora import unfuse
-from petune.kernels.grouped_lora import RowGroups, grouped_lora
-from petune.low_rank import Operands, rank_mask
-from petune.many.calls import Span, part_of
-from petune.many.dropout import DropoutByRun
+from petune.adapters.lora.group import Group, detach
+from petune.many.joint_module import JointModule
+from petune.many.plan import Plan, Run
 from petune.state import base_parameters
-
-
-class Run(Protocol):
-    """Whose rows they are."""
-
-    name: str
-
-    def generators(self) -> AbstractContextManager[None]:
-        """Inside, what is drawn comes from the run's own random generators."""
-        ...
-
-    def draws(self) -> AbstractContextManager[None]:
-        """As `generators`, of torch's alone."""
-        ...
-
-
-class Part(NamedTuple):
-    """The rows of one run in a joint call."""
-
-    run: Hashable
-    span: Span
-
-
-class Plan:
-    """Whose rows are where, in one joint call, and what was drawn for their dropout.
-
-    A call that activation checkpointing repeats in its backward is given the same seeds.
-    """
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = tuple(parts)
-        self.rows = parts[-1].span.stop
-        self.dropout = DropoutByRun(self.parts)
-        self._groups: dict[tuple[Hashable, ...], RowGroups] = {}
-        self._seeds: dict[tuple[Hashable, int], Tensor] = {}
-        self._indices: dict[tuple[int, torch.device], Tensor | None] = {}
-
-    def groups(self, runs: tuple[Hashable, ...]) -> RowGroups:
-        """The rows of these runs as 0, 1, …; those of the others have no adapter."""
-        if runs not in self._groups:
-            order = {run: index for index, run in enumerate(runs)}
-            ids = [order.get(part.run, -1) for part in self.parts for _ in range(part.span.start, part.span.stop)]
-            self._groups[runs] = RowGroups.of(ids, len(runs))
-        return self._groups[runs]
-
-    def seed(self, run: Any, layer: nn.Module, device: torch.device) -> Tensor:
-        """Of the dropout of a run's layer, as the layer would draw it alone: projections of one input share theirs."""
-        key = (run, id(layer.__dict__.get("group") or layer))
-        if key not in self._seeds:
-            with run.draws():
-                self._seeds[key] = torch.randint(2**63 - 1, (1,), device=device)
-        return self._seeds[key]
-
-    def rank_mask(self, x: Tensor, ranks: Mapping[Any, tuple[int, float]]) -> Tensor:
-        """Dropout of s = x Aᵀ as each run draws it alone: 0 or 1 / (1 − p), [tokens, largest rank].
-
-        Args:
-            x: of all rows together.
-            ranks: of each run with an adapter, and its p; the others drop nothing.
-        """
-        widest = max(rank for rank, _ in ranks.values())
-        per_row = x.numel() // (x.shape[-1] * self.rows)
-        mask = x.new_ones(self.rows, per_row, widest)
-        for run, span in self.parts:
-            rank, p = ranks.get(run, (0, 0.0))
-            if p:
-                own = part_of(mask[span.start : span.stop, :, :rank], span)
-                with run.draws():  # pyright: ignore[reportAttributeAccessIssue]
-                    own.copy_(rank_mask(own, rank, p).view_as(own))
-        return mask.view(-1, widest)
-
-    def token_index(self, tokens: int, device: torch.device) -> Tensor | None:
-        """Which token each is among those of its run alone, where padding has moved them; else None.
-
-        Args:
-            tokens: of all rows together.
-        """
-        key = (tokens, device)
-        if key not in self._indices:
-            self._indices[key] = self._token_index(tokens // self.rows, device)
-        return self._indices[key]
-
-    def _token_index(self, tokens_per_row: int, device: torch.device) -> Tensor | None:
-        spans = [part.span for part in self.parts]
-        if all(span.length == span.padded or span.padded != tokens_per_row for span in spans):
-            return None
-        indices: list[Tensor] = []
-        for span in spans:
-            rows, columns = torch.arange(span.stop - span.start)[:, None], torch.arange(span.padded)[None]
-            own = rows * span.length + columns
-            # what is padded stands behind the run's own tokens
-            beyond = len(rows) * span.length + rows * (span.padded - span.length) + columns - span.length
-            indices.append(torch.where(columns < span.length, own, beyond).flatten())
-        return torch.cat(indices).to(device)
 
 
 class JointBackbone:
@@ -136,7 +41,7 @@ class JointBackbone:
         """Whether the base's own dropout is on; not where layers run again in backward, and would draw again."""
         (_prepare_to_repeat if repeats else _prepare)(self.model)
         self._plan: Plan | None = None
-        self._adapted: dict[str, _JointModule] = {}
+        self._adapted: dict[str, JointModule] = {}
 
     @property
     def plan(self) -> Plan:
@@ -159,9 +64,10 @@ class JointBackbone:
         for name, layer in adapted_layers(body):
             if name not in self._adapted:
                 base = self.model.get_submodule(name)
-                joint = self._adapted[name] = _JointModule(base, self)
+                joint = self._adapted[name] = JointModule(base, lambda: self.plan)
                 _replace(self.model, name, joint)
             self._adapted[name].layers[run] = layer
+        self._group()
 
     def remove(self, run: Run) -> None:
         """Let go of a run's adapters."""
@@ -170,80 +76,22 @@ class JointBackbone:
             if not joint.layers:
                 _replace(self.model, name, joint.base)
                 del self._adapted[name]
+        self._group()
 
-
-class _JointModule(nn.Module):
-    """The base layer for all rows, and beside it each run's adapter for its own
-
-    Low-rank updates go through `grouped_lora`; any other layer of a run is called with the run's rows.
-    """
-
-    def __init__(self, base: nn.Module, joint: JointBackbone) -> None:
-        super().__init__()
-        self.base = base
-        self.layers: dict[Any, nn.Module] = {}  # a plain dictionary: they belong to the runs' own models
-        self._joint = (joint,)  # in a tuple, so that no cycle of modules comes about
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plan = self._joint[0].plan
-        mine = {part.run: self.layers[part.run] for part in plan.parts if part.run in self.layers}
-        low_rank: dict[Any, Operands] = {}
-        if not args and not kwargs:
-            low_rank = {run: found for run, layer in mine.items() if (found := _operands(layer, x)) is not None}
-        y = self._grouped(plan, x, low_rank) if low_rank else None
-        if y is not None and len(low_rank) == len(mine):
-            return y
-        return self._by_runs(plan, x, y, low_rank, args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "base" or name.startswith("_"):
-            return super().__getattr__(name)
-        return getattr(self.base, name)  # models ask for a layer's weight, or its dtype
-
-    def _grouped(self, plan: Plan, x: Tensor, low_rank: dict[Any, Operands]) -> Tensor:
-        operands = list(low_rank.values())
-        ranks = {run: (len(one.a), one.rank_dropout_p) for run, one in low_rank.items()}
-        dropouts = [one.dropout_p for one in operands]
-        seeds = token_index = None
-        if any(dropouts):
-            seeds = [
-                plan.seed(run, self.layers[run], x.device) if one.dropout_p else 0 for run, one in low_rank.items()
-            ]
-            token_index = plan.token_index(x.numel() // x.shape[-1], x.device)
-        return grouped_lora(
-            x,
-            operands[0].weight,
-            operands[0].bias,
-            [one.a for one in operands],
-            [one.b for one in operands],
-            [one.scale for one in operands],
-            plan.groups(tuple(low_rank)),
-            dropout_p=dropouts,
-            seeds=seeds,
-            token_index=token_index,
-            rank_mask=plan.rank_mask(x, ranks) if any(p for _, p in ranks.values()) else None,
-        )
-
-    def _by_runs(
-        self,
-        plan: Plan,
-        x: Tensor,
-        y: Tensor | None,
-        done: Container[Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        """y, with the rows of each run that is not done taken from its own layer; without y, those of the base too."""
-        rows = [len(x) // plan.rows * (part.span.stop - part.span.start) for part in plan.parts]
-        outputs = [None] * len(rows) if y is None else list(y.split(rows))
-        for index, (part, own) in enumerate(zip(plan.parts, x.split(rows), strict=True)):
-            layer: Any = self.layers.get(part.run)
-            if layer is not None and part.run not in done:
-                with part.run.generators(), plan.dropout.passing():  # pyright: ignore[reportAttributeAccessIssue]
-                    outputs[index] = layer(own, *args, **kwargs)
-            elif outputs[index] is None:
-                outputs[index] = self.base(own, *args, **kwargs)
-        return torch.cat(cast("list[Tensor]", outputs))
+    def _group(self) -> None:
+        """Compute together what the runs' own models compute together."""
+        for parent in self.model.modules():
+            detach(parent)
+        found: dict[tuple[str, tuple[str, ...]], None] = {}
+        for name, joint in self._adapted.items():
+            for layer in joint.layers.values():
+                group = layer.__dict__.get("group")
+                if isinstance(group, Group):
+                    found[name.rpartition(".")[0], group.names] = None
+        for prefix, names in found:
+            parent = self.model.get_submodule(prefix)
+            if all(isinstance(parent._modules.get(name), JointModule) for name in names):
+                Group(names).attach(parent)
 
 
 def _prepare(body: nn.Module) -> None:
@@ -270,12 +118,6 @@ def _dropouts(body: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
         for name, value in vars(module).items():
             if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, nn.Dropout))):
                 yield module, name, value
-
-
-def _operands(layer: nn.Module, x: Tensor) -> Operands | None:
-    """What `grouped_lora` needs of a layer, or None where the layer must be called."""
-    operands: Callable[[Tensor], Operands | None] | None = getattr(layer, "operands", None)
-    return None if operands is None else operands(x)
 
 
 def adapted_layers(body: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -107,13 +107,33 @@ class Member:
         self.error: BaseException | None = None
         """What ended the work before its time."""
         self._stack = greenlet(lambda _: work(self))
-        self.random = RandomState.now()
-        """Of its generators, while it does not run."""
+        self._random = RandomState.now()
+        self._generator = torch.Generator()
+        self._lent = False  # whether the generator is ahead of the state
         self._modes = _Modes.now()
 
     @property
     def finished(self) -> bool:
         return self._stack.dead
+
+    @property
+    def random(self) -> RandomState:
+        """Of its generators, while it does not run."""
+        if self._lent:
+            self.random = self._random._replace(torch=self._generator.get_state())
+        return self._random
+
+    @random.setter
+    def random(self, state: RandomState) -> None:
+        self._random, self._lent = state, False
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Its generator on the CPU, for its owner to draw from while it does not run; not to be kept."""
+        if not self._lent:
+            self._generator.set_state(self._random.torch)
+            self._lent = True
+        return self._generator
 
     def advance(self, answer: object = None, refusal: BaseException | None = None) -> Any:
         """Let the work run until it pauses or ends.

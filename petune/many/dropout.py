@@ -81,6 +81,11 @@ class DropoutByRun(TorchFunctionMode):
         """What dropout multiplies with: 0 or 1 / (1 − p), drawn by each run for its own rows; in shape and dtype of
         `like`."""
         each = len(like) // self._rows
+        if like.is_cpu:
+            noise = like.new_zeros(like.shape)
+            for run, span in self.parts:
+                part_of(noise[each * span.start : each * span.stop], span).bernoulli_(1 - p, generator=run.generator)
+            return noise.div_(1 - p)
         pieces: list[Tensor] = []
         for run, span in self.parts:
             whole = like[each * span.start : each * span.stop]

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from petune.many.backbone import JointBackbone, Part, Plan
+from petune.many.backbone import JointBackbone
 from petune.many.calls import Call, JointOutput, Span, forward_of, kind_of, merge, read_call
 from petune.many.crew import Member
+from petune.many.plan import Part, Plan
 
 _FULL = {"cpu": 512}
 """Tokens of one batch from which on it fills a device: benchmarks/many.py."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from petune import FusedLoraConfig, fuse
 from petune.adapters.lora import FusedLoraLinear
-from petune.adapters.lora import group as grouping
+from petune.adapters.lora import layer as fused_layer
 from tests.adapters.lora_models import (
     BERT,
     DEVICE,
@@ -47,13 +47,13 @@ SIZES |= dict.fromkeys(("mistral", "qwen2", "qwen3", "gemma", "gemma2"), SIZES["
 def calls(monkeypatch):
     """The sizes of the groups that were computed."""
     sizes = []
-    operator = grouping.lora_group
+    operator = fused_layer.lora_group
 
     def spy(x, weights, *args):
         sizes.append(len(weights))
         return operator(x, weights, *args)
 
-    monkeypatch.setattr(grouping, "lora_group", spy)
+    monkeypatch.setattr(fused_layer, "lora_group", spy)
     return sizes
 
 

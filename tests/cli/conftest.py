@@ -4,6 +4,7 @@ import csv
 import random
 from pathlib import Path
 
+import lightning  # noqa: F401 - now: the handler of its log keeps the stderr that it finds, which may be one test's
 import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast

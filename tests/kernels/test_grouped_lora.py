@@ -359,8 +359,8 @@ def operators(ids, ranks=RANKS) -> list[str]:
     order, offsets = RowGroups.of(ids, len(ranks)).sorted_on(x.device)
     layout = (1.0,) * len(ranks), order, offsets, [0.0] * len(ranks), None, None, None
     with Operators() as log:
-        y, s = reference.forward(x, weight, bias, a, b, *layout, FP32)
-        reference.backward(y, x, s, weight, a, b, *layout, True, [True] * len(ranks), [True] * len(ranks))
+        y, s = reference.forward(x, [weight], [bias], a, b, *layout, FP32)
+        reference.backward([y], x, [s], [weight], a, b, *layout, True, [True] * len(ranks), [True] * len(ranks))
     return log.names
 
 
@@ -430,12 +430,12 @@ def test_ops_pass_opcheck(dropout_p):
     seeds, index = (torch.arange(5), torch.arange(14)) if dropout_p else (None, None)
     mask = torch.rand(14, max(RANKS)).round() if dropout_p else None
     layout = list(SCALES), order, offsets, [dropout_p] * 5, seeds, index, mask
-    forward = x, weight, bias, a, b, *layout, FP32, True
+    forward = x, [weight], [bias], a, b, *layout, FP32, True
     torch.library.opcheck(OPS.grouped_lora_forward.default, forward)
     y, s = OPS.grouped_lora_forward(*forward)
     some = [False, True, True, False, True]
     needs = (False, some, [False] * 5) if dropout_p else (True, [True] * 5, some)
-    backward = y, x, s if any(needs[2]) else None, weight, a, b, *layout, *needs
+    backward = [y], x, [s], [weight], a, b, *layout, *needs
     torch.library.opcheck(OPS.grouped_lora_backward.default, backward)
 
 

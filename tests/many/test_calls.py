@@ -154,6 +154,35 @@ def test_each_member_draws_from_generators_of_its_own():
     assert os.environ.get("PL_GLOBAL_SEED") == before
 
 
+def test_the_owner_draws_from_a_member_s_generator_between_what_the_member_draws():
+    def work(member):
+        torch.manual_seed(5)
+        found = [torch.rand(1)]
+        for _ in range(2):
+            member.pause(None)
+            found.append(torch.rand(1))
+        return found
+
+    member = Member("a", work)
+    member.advance()
+    drawn = [torch.rand(1, generator=member.generator) for _ in range(2)]
+    with member.draws():
+        drawn.append(torch.rand(1))
+    drawn.append(torch.rand(1, generator=member.generator))
+    member.advance()
+    before = member.random
+    drawn.append(torch.rand(1, generator=member.generator))
+    member.random = before
+    assert torch.equal(torch.rand(1, generator=member.generator), drawn[-1])
+    member.random = before
+    member.advance()
+    torch.manual_seed(5)
+    first, *others = (torch.rand(1) for _ in range(7))
+    assert torch.equal(torch.cat([member.result[0], *drawn[:4], member.result[1]]), torch.cat([first, *others[:5]]))
+    assert torch.equal(member.result[2], others[5])
+    assert torch.equal(drawn[4], others[5])
+
+
 def test_a_member_that_is_stopped_cleans_up_whatever_it_asks_for_on_its_way():
     seen = []
 
@@ -259,22 +288,7 @@ class Own:
     """A run's generator, for one run."""
 
     def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def draws(self):
-        return _Seeded(self.seed)
-
-
-class _Seeded:
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        self.state = torch.get_rng_state()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_rng_state(self.state)
+        self.generator = torch.Generator().manual_seed(seed)
 
 
 def test_rows_drop_what_they_drop_alone_whatever_they_are_padded_to():

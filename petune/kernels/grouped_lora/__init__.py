@@ -2,7 +2,7 @@
 
 from petune.kernels.grouped_lora.groups import RowGroups
 from petune.kernels.grouped_lora.joined import JoinedFactors, grouped_joined_lora
-from petune.kernels.grouped_lora.op import grouped_lora
+from petune.kernels.grouped_lora.op import grouped_lora, grouped_lora_projections
 from petune.kernels.grouped_lora.packed import PackedFactors, grouped_packed_lora
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "RowGroups",
     "grouped_joined_lora",
     "grouped_lora",
+    "grouped_lora_projections",
     "grouped_packed_lora",
 ]

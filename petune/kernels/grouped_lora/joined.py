@@ -13,7 +13,7 @@ from petune.kernels.checks import described
 from petune.kernels.dispatch import Dispatcher
 from petune.kernels.grouped_lora import reference
 from petune.kernels.grouped_lora.groups import RowGroups, check_base, check_lengths
-from petune.kernels.grouped_lora.op import rank_tokens
+from petune.kernels.grouped_lora.registered import rank_tokens
 
 _DISPATCHER = Dispatcher("grouped_lora", reference)
 _LIBRARY = torch.library.Library("petune", "FRAGMENT")

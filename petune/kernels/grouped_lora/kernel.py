@@ -15,59 +15,75 @@ from petune.kernels.autograd import in_shape_of
 from petune.kernels.dropout import mask_of
 from petune.kernels.grouped_lora import packed_skinny, skinny
 from petune.kernels.grouped_lora.layout import Dropped, Layout, table
-from petune.kernels.grouped_lora.reference import widest
+from petune.kernels.grouped_lora.reference import base_gradient, by_projection, widest
 from petune.kernels.lora_linear.kernel import unsupported
 
 __all__ = ["backward", "forward", "joined_forward", "packed_forward", "unsupported"]
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float],
-    order: Tensor, offsets: Tensor, dropout_p: Sequence[float], seeds: Tensor | None, token_index: Tensor | None,
-    rank_mask: Tensor | None, dtype: torch.dtype, keeps_s: bool = True,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y = x Wᵀ + bias + scale_l/q_l · s B_lᵀ,  s = (x ⊙ m_l) A_lᵀ ⊙ n  for the tokens of adapter l, in `dtype`."""
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor],
+    scales: Sequence[float], order: Tensor, offsets: Tensor, dropout_p: Sequence[float], seeds: Tensor | None,
+    token_index: Tensor | None, rank_mask: Tensor | None, dtype: torch.dtype, keeps_s: bool = True,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """y_i = x W_iᵀ + bias_i + scale_il/q_l · s_i B_ilᵀ,  s_i = (x ⊙ m_l) A_ilᵀ ⊙ n  for the tokens of adapter l.
+
+    Returns (y_1, …, s_1, …) in `dtype`.
+    """
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    layout = _layout(order, offsets, a)
     masks = Dropped.of(dropout_p, seeds, token_index)
-    s = _on_rank(skinny.shrink(rows, torch.cat(tuple(a)), layout, masks=masks), rank_mask, layout)
-    y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
-    factors = _scales(scales, dropout_p, seeds, x.device)
-    skinny.expand(s, torch.cat(tuple(b), dim=1).T, layout, out=y, scales=factors)
-    return in_shape_of(x, y), s if keeps_s else s.new_empty(len(s), 0)
+    ys: list[Tensor] = []
+    ss: list[Tensor] = []
+    downs, ups = by_projection(a, len(weights)), by_projection(b, len(weights))
+    own_scales = by_projection(scales, len(weights))
+    for weight, bias, down, up, scale in zip(weights, biases, downs, ups, own_scales, strict=True):
+        layout = _layout(order, offsets, down)
+        s = _on_rank(skinny.shrink(rows, torch.cat(tuple(down)), layout, masks=masks), rank_mask, layout)
+        y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        factors = _scales(scale, dropout_p, seeds, x.device)
+        skinny.expand(s, torch.cat(tuple(up), dim=1).T, layout, out=y, scales=factors)
+        ys.append(in_shape_of(x, y))
+        ss.append(s if keeps_s else s.new_empty(len(s), 0))
+    return *ys, *ss
 
 
 def backward(
-    dy: Tensor, x: Tensor | None, s: Tensor | None, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor],
-    scales: Sequence[float], order: Tensor, offsets: Tensor, dropout_p: Sequence[float], seeds: Tensor | None,
-    token_index: Tensor | None, rank_mask: Tensor | None, needs_dx: bool, needs_a: Sequence[bool],
-    needs_b: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """ds = scale_l/q_l · dy B_l ⊙ n,  dx = dy W + m_l ⊙ (ds A_l),  dA_l = dsᵀ (x ⊙ m_l),  dB_l = scale_l/q_l · dyᵀ s.
+    dys: Sequence[Tensor], x: Tensor | None, s: Sequence[Tensor], weights: Sequence[Tensor], a: Sequence[Tensor],
+    b: Sequence[Tensor], scales: Sequence[float], order: Tensor, offsets: Tensor, dropout_p: Sequence[float],
+    seeds: Tensor | None, token_index: Tensor | None, rank_mask: Tensor | None, needs_dx: bool,
+    needs_a: Sequence[bool], needs_b: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """ds_i = scale_il/q_l · dy_i B_il ⊙ n,  dx = Σ dy_i W_i + m_l ⊙ (ds_i A_il),  dA_il = ds_iᵀ (x ⊙ m_l),
+    dB_il = scale_il/q_l · dy_iᵀ s_i.
 
-    dA is [Σ rank, in_features], dB is flat; what no flag asks for is empty. dA takes x, dB takes s.
+    Returns (dx, dA_1, …, dB_1, …): dA_i is [Σ rank, in_features], dB_i is flat; what no flag asks for is empty. dA
+    takes x, dB takes s.
     """
-    rows = dy.reshape(-1, dy.shape[-1])
-    layout = _layout(order, offsets, a)
+    rows, in_features = [dy.reshape(-1, dy.shape[-1]) for dy in dys], weights[0].shape[1]
+    x_rows = None if x is None else x.reshape(-1, in_features).to(rows[0].dtype)
     masks = Dropped.of(dropout_p, seeds, token_index)
-    factors, up = _scales(scales, dropout_p, seeds, dy.device), torch.cat(tuple(b), dim=1)
-    dx, da = dy.new_empty(0), dy.new_empty(0, weight.shape[1], dtype=widest(a))
-    db = dy.new_empty(0, dtype=widest(b))
-    if any(needs_b):
-        assert s is not None
-        ds, db = skinny.dual(rows, s, up, layout, scales=factors, dtype=db.dtype)
-    else:
-        ds = skinny.shrink(rows, up.T, layout, scales=factors)
-    ds = _on_rank(ds, rank_mask, layout)
-    if any(needs_a):
-        assert x is not None
-        x_rows = x.reshape(-1, x.shape[-1]).to(dy.dtype)
-        da = skinny.outer(x_rows, ds, layout, dtype=da.dtype, masks=masks)
-    if needs_dx:
-        dx = rows @ weight.to(dy.dtype)
-        skinny.expand(ds, torch.cat(tuple(a)), layout, out=dx, masks=masks)
-        dx = dx.view(*dy.shape[:-1], weight.shape[1])
-    return dx, da, db
+    dx = base_gradient(rows, weights) if needs_dx else rows[0].new_empty(0)
+    das: list[Tensor] = []
+    dbs: list[Tensor] = []
+    downs, ups = by_projection(a, len(weights)), by_projection(b, len(weights))
+    factors = by_projection(scales, len(weights))
+    for i, (dy, down, some, own) in enumerate(zip(rows, downs, ups, factors, strict=True)):
+        layout, up = _layout(order, offsets, down), torch.cat(tuple(some), dim=1)
+        scale = _scales(own, dropout_p, seeds, dy.device)
+        if any(needs_b):
+            ds, db = skinny.dual(dy, s[i], up, layout, scales=scale, dtype=widest(b))
+        else:
+            ds, db = skinny.shrink(dy, up.T, layout, scales=scale), dy.new_empty(0, dtype=widest(b))
+        dbs.append(db)
+        ds = _on_rank(ds, rank_mask, layout)
+        if any(needs_a):
+            assert x_rows is not None
+            das.append(skinny.outer(x_rows, ds, layout, dtype=widest(a), masks=masks))
+        else:
+            das.append(dy.new_empty(0, in_features, dtype=widest(a)))
+        if needs_dx:
+            skinny.expand(ds, torch.cat(tuple(down)), layout, out=dx, masks=masks)
+    return dx.view(*dys[0].shape[:-1], in_features) if needs_dx else dx, *das, *dbs
 
 
 def joined_forward(

@@ -1,31 +1,21 @@
-"""`grouped_lora`: checks, the two registered ops, and the autograd.Function around them."""
+"""`grouped_lora` and `grouped_lora_projections`: checks, and the autograd.Function around the two ops.
+
+Both are one operator, of one projection or of several that read one x.
+"""
 
 from collections.abc import Sequence
+from itertools import chain
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from petune.kernels.autograd import first_order_only, product_dtype
 from petune.kernels.checks import check_dropout, described
-from petune.kernels.dispatch import Dispatcher
-from petune.kernels.grouped_lora import reference
 from petune.kernels.grouped_lora.groups import RowGroups, check_base, check_lengths
-
-_DISPATCHER = Dispatcher("grouped_lora", reference)
-_LIBRARY = torch.library.Library("petune", "FRAGMENT")
-_LIBRARY.define(
-    "grouped_lora_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] a, Tensor[] b, float[] scales, "
-    "Tensor order, Tensor offsets, float[] dropout_p, Tensor? seeds, Tensor? token_index, Tensor? rank_mask, "
-    "ScalarType dtype, bool keeps_s) -> (Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "grouped_lora_backward(Tensor dy, Tensor? x, Tensor? s, Tensor weight, Tensor[] a, Tensor[] b, float[] scales, "
-    "Tensor order, Tensor offsets, float[] dropout_p, Tensor? seeds, Tensor? token_index, Tensor? rank_mask, "
-    "bool needs_dx, bool[] needs_a, bool[] needs_b) -> (Tensor, Tensor, Tensor)"
-)
+from petune.kernels.grouped_lora.reference import by_projection
+from petune.kernels.grouped_lora.registered import BACKWARD, FORWARD
 
 
 def grouped_lora(
@@ -80,26 +70,76 @@ def grouped_lora(
         ValueError: lists differ in length, tokens do not divide into rows, shapes, dtypes or devices disagree, a rank
             is 0, dropout_p is out of range, or rank_mask asks for a gradient.
     """
+    dropped = dropout_p, seeds, token_index, rank_mask
+    return grouped_lora_projections(x, [weight], [bias], [a], [b], [scales], groups, *dropped)[0]
+
+
+def grouped_lora_projections(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Sequence[Tensor]],
+    b: Sequence[Sequence[Tensor]],
+    scales: Sequence[Sequence[float]],
+    groups: RowGroups,
+    dropout_p: Sequence[float] | float = 0.0,
+    seeds: Sequence[Tensor | int] | None = None,
+    token_index: Tensor | None = None,
+    rank_mask: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """y_i[t] = x[t] W_iᵀ + bias_i + scale_il · s_i[t] B_ilᵀ,  s_i[t] = drop_l(x[t]) A_ilᵀ ⊙ rank_mask[t]
+
+    `grouped_lora` for several projections of one x, such as those of attention: each has its W_i, and each adapter a
+    pair A_il, B_il for it. An adapter's projections share one mask, as those of `petune.kernels.lora_group` do. The
+    factors of a projection whose y_i is not used get no gradient.
+
+    Args:
+        x: activations, [..., in_features].
+        weights: base weights W_i, [out_features_i, in_features]; dtype of x.
+        biases: [out_features_i] or None for each; dtype of x.
+        a: for each projection the down projections of all adapters, [rank_il, in_features].
+        b: for each projection the up projections of all adapters, [out_features_i, rank_il].
+        scales: for each projection alpha_il / rank_il of all adapters.
+        groups: which adapter each row takes.
+        dropout_p: of an adapter's tokens; one for all, or for each adapter.
+        seeds: of the adapters' masks, as in `grouped_lora`.
+        token_index: as in `grouped_lora`.
+        rank_mask: of s_i, [tokens, largest rank]; the same for all projections.
+
+    Returns:
+        y_i, [..., out_features_i], dtype of x or of autocast.
+
+    Raises:
+        ValueError: as `grouped_lora`, or the projections differ in number.
+    """
     dtype, cast = product_dtype(x)
-    check_base("grouped_lora", x, weight, bias, groups, cast)
-    dropout = [float(dropout_p)] * len(a) if isinstance(dropout_p, (float, int)) else list(dropout_p)
-    check_lengths("grouped_lora", groups, a=a, b=b, scales=scales, dropout_p=dropout, seeds=seeds)
+    if not weights or len({len(column) for column in (weights, biases, a, b, scales)}) > 1:
+        found = ", ".join(str(len(column)) for column in (weights, biases, a, b, scales))
+        raise ValueError(
+            f"grouped_lora: weights, biases, a, b and scales have {found} entries; pass one of each for every "
+            "projection."
+        )
+    dropout = [float(dropout_p)] * groups.adapters if isinstance(dropout_p, (float, int)) else list(dropout_p)
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        check_base("grouped_lora", x, weight, bias, groups, cast)
+        check_lengths("grouped_lora", groups, a=a[i], b=b[i], scales=scales[i], dropout_p=dropout, seeds=seeds)
+        _check_factors(x, weight, a[i], b[i])
     for p in dropout:
         check_dropout("grouped_lora", p)
-    _check_factors(x, weight, a, b)
     drawn = _seeds(dropout, seeds, x.device)
     if token_index is not None:
         _check_token_index(token_index, x)
         token_index = None if drawn is None else token_index
+    downs, ups, factors = list(chain(*a)), list(chain(*b)), list(chain(*scales))
     if rank_mask is not None:
-        _check_rank_mask(rank_mask, x, a)
+        _check_rank_mask(rank_mask, x, downs)
     order, offsets = groups.sorted_on(x.device)
     layout = order, offsets, dropout, drawn, token_index, rank_mask
-    scales = list(scales)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *a, *b)):
-        present = groups.present() or (True,) * len(a)
-        return _GroupedLora.apply(*layout, present, scales, dtype, x, weight, bias, *a, *b)  # pyright: ignore[reportReturnType]
-    return _FORWARD(x, weight, bias, a, b, scales, *layout, dtype, False)[0]
+    trained = (x, *weights, *biases, *downs, *ups)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
+        present = groups.present() or (True,) * groups.adapters
+        return _GroupedLora.apply(*layout, present, factors, dtype, *trained)  # pyright: ignore[reportReturnType]
+    return tuple(FORWARD(x, weights, biases, downs, ups, factors, *layout, dtype, False)[: len(weights)])
 
 
 # --- checks --------------------------------------------------------------------------------------------------------
@@ -182,7 +222,7 @@ _CONSTANTS = 9  # arguments of the function before x
 
 
 class _GroupedLora(torch.autograd.Function):
-    """Two opaque ops with a gradient; the factors come flat, because a list hides its tensors from autograd."""
+    """Two opaque ops with a gradient; the tensors come flat, because a list hides them from autograd."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -197,137 +237,91 @@ class _GroupedLora(torch.autograd.Function):
         scales: Sequence[float],
         dtype: torch.dtype,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        *factors: Tensor,
-    ) -> Tensor:
-        a, b = _halves(factors)
-        needs_a, needs_b = _halves(ctx.needs_input_grad[_CONSTANTS + 3 :])
+        *flat: Any,
+    ) -> tuple[Tensor, ...]:
+        weights, biases, a, b = _columns(flat, len(scales))
+        needs_weights, _, needs_a, needs_b = _columns(ctx.needs_input_grad[_CONSTANTS + 1 :], len(scales))
         layout = order, offsets, dropout, seeds, token_index, rank_mask
-        y, s = _FORWARD(x, weight, bias, a, b, scales, *layout, dtype, any(needs_b))
-        kept_x = x if any(needs_a) or ctx.needs_input_grad[_CONSTANTS + 1] else None
-        ctx.save_for_backward(kept_x, s, weight, order, offsets, seeds, token_index, rank_mask, *factors)
+        found = FORWARD(x, weights, biases, a, b, scales, *layout, dtype, any(needs_b))
+        ys, ss = by_projection(found, 2)
+        kept_x = x if any(needs_a) or any(needs_weights) else None
+        ctx.save_for_backward(kept_x, order, offsets, seeds, token_index, rank_mask, *ss, *weights, *a, *b)
         ctx.dropout, ctx.scales, ctx.present = dropout, scales, present
         ctx.set_materialize_grads(False)
-        return y
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
-            return _gradients(ctx, dy)
+            return _gradients(ctx, dys)
         with torch.no_grad():
-            gradients = _gradients(ctx, dy)
-        return first_order_only("grouped_lora", gradients, (dy, *ctx.saved_tensors))
+            gradients = _gradients(ctx, dys)
+        return first_order_only("grouped_lora", gradients, (*dys, *ctx.saved_tensors))
 
 
-def _halves(flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """What belongs to a and to b."""
-    size = len(flat) // 2
-    return list(flat[:size]), list(flat[size:])
+def _columns(flat: Sequence[Any], factors: int) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    """What belongs to the weights, the biases, a and b.
+
+    Args:
+        flat: one after the other.
+        factors: length of a, and of b.
+    """
+    size = len(flat) // 2 - factors
+    stops = size, 2 * size, 2 * size + factors
+    first, second, third = stops
+    return list(flat[:first]), list(flat[first:second]), list(flat[second:third]), list(flat[third:])
 
 
-def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
+def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    if all(dy is None for dy in dys):
         return (None,) * len(ctx.needs_input_grad)
-    x, s, weight, order, offsets, seeds, token_index, rank_mask, *factors = ctx.saved_tensors
-    a, b = _halves(factors)
-    needs_dx, needs_weight, needs_bias, *needs = ctx.needs_input_grad[_CONSTANTS:]
-    needs_a, needs_b = (
-        [need and here for need, here in zip(half, ctx.present, strict=True)] for half in _halves(needs)
-    )
+    x, order, offsets, seeds, token_index, rank_mask, *kept = ctx.saved_tensors
+    size, flat = len(dys), len(ctx.scales)
+    ss, weights = kept[:size], kept[size : 2 * size]
+    a, b = by_projection(kept[2 * size :], 2)
+    needs_dx, *needs = ctx.needs_input_grad[_CONSTANTS:]
+    needs_weights, needs_biases, needs_a, needs_b = _columns(needs, flat)
+    used = [here and dy is not None for dy in dys for here in ctx.present]
+    needs_a, needs_b = ([need and own for need, own in zip(half, used, strict=True)] for half in (needs_a, needs_b))
+    rows = _rows(dys, weights)
     layout = order, offsets, ctx.dropout, seeds, token_index, rank_mask
-    dx, da, db = _BACKWARD(dy, x, s, weight, a, b, ctx.scales, *layout, needs_dx, needs_a, needs_b)
-    ranks = [down.shape[0] for down in a]
-    das, dbs = [None] * len(a), [None] * len(b)
-    if any(needs_a):
-        das = [t.to(like.dtype) if need else None for t, like, need in zip(da.split(ranks), a, needs_a, strict=True)]
-    if any(needs_b):
-        parts = db.split([weight.shape[0] * rank for rank in ranks])
-        dbs = [
-            part.view(like.shape).to(like.dtype) if need else None
-            for part, like, need in zip(parts, b, needs_b, strict=True)
-        ]
-    dweight = dbias = None
-    if needs_weight or needs_bias:  # a trainable base is not what LoRA is for: plain torch, outside of the op
-        rows = dy.reshape(-1, dy.shape[-1])
-        dweight = rows.T @ x.reshape(-1, x.shape[-1]).to(rows.dtype) if needs_weight else None
-        dbias = rows.sum(0) if needs_bias else None
-    return (*(None,) * _CONSTANTS, dx if needs_dx else None, dweight, dbias, *das, *dbs)
+    dx, *found = BACKWARD(rows, x, ss, weights, a, b, ctx.scales, *layout, needs_dx, needs_a, needs_b)
+    das, dbs = [], []
+    for i, (da, db) in enumerate(zip(*by_projection(found, 2), strict=True)):
+        own = slice(i * len(ctx.present), (i + 1) * len(ctx.present))
+        das += _parts(da, a[own], needs_a[own])
+        dbs += _parts(db, b[own], needs_b[own])
+    # a trainable base is not what LoRA is for: plain torch, outside of the op
+    dweights = [
+        _flat(dy).T @ _flat(x).to(dy.dtype) if need and given is not None else None
+        for dy, given, need in zip(rows, dys, needs_weights, strict=True)
+    ]
+    dbiases = [
+        _flat(dy).sum(0) if need and given is not None else None
+        for dy, given, need in zip(rows, dys, needs_biases, strict=True)
+    ]
+    return *(None,) * _CONSTANTS, dx if needs_dx else None, *dweights, *dbiases, *das, *dbs
 
 
-# --- the ops -------------------------------------------------------------------------------------------------------
+def _rows(dys: Sequence[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of all outputs, zero where an output was not used."""
+    known = next(dy for dy in dys if dy is not None)
+    return [
+        known.new_zeros(*known.shape[:-1], len(weight)) if dy is None else dy
+        for dy, weight in zip(dys, weights, strict=True)
+    ]
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
-    rank = max(down.shape[0] for down in a)
-    return _DISPATCHER.run("forward", (x, weight, bias, a, *rest), dtype=rest[-2], rank=rank)
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
-def _backward(dy: Tensor, x: Any, s: Any, weight: Tensor, a: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
-    rank = max(down.shape[0] for down in a)
-    return _DISPATCHER.run("backward", (dy, x, s, weight, a, *rest), dtype=dy.dtype, rank=rank)
-
-
-def _fake_forward(x: Tensor, weight: Tensor, bias: Any, a: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
-    dtype, keeps_s = rest[-2:]
-    y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
-    ranks = max(down.shape[0] for down in a) if keeps_s else 0
-    return y, x.new_empty(prod(x.shape[:-1]), ranks, dtype=dtype)
-
-
-def _fake_backward(
-    dy: Tensor, x: Any, s: Any, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    needs_dx, needs_a, needs_b = rest[-3:]
-    ranks, (out_features, in_features) = sum(down.shape[0] for down in a), weight.shape
-    return (
-        dy.new_empty((*dy.shape[:-1], in_features) if needs_dx else 0),
-        dy.new_empty(ranks if any(needs_a) else 0, in_features, dtype=reference.widest(a)),
-        dy.new_empty(out_features * ranks if any(needs_b) else 0, dtype=reference.widest(b)),
-    )
-
-
-def rank_tokens(ranks: Sequence[int], order: Tensor, offsets: Tensor, tokens: int) -> int:
-    """Σ over the tokens of the rank of their adapter; as if all had the largest, where the offsets have no values."""
-    if type(offsets) is not Tensor or offsets.is_meta:
-        return tokens * max(ranks)
-    bounds = offsets.tolist()
-    per_row = tokens // len(order) if len(order) else 0
-    return per_row * sum(rank * (stop - first) for rank, first, stop in zip(ranks, bounds, bounds[1:], strict=False))
-
-
-def _forward_flops(
-    x: Tensor, weight: Tensor, bias: Any, a: Sequence[Tensor], b: Any, scales: Any, order: Tensor, offsets: Tensor,
-    *_: Any, **__: Any,
-) -> int:  # fmt: skip
-    """x Wᵀ, and x A_lᵀ and s B_lᵀ of each token's adapter; multiply-adds counted as two."""
-    tokens, (out_features, in_features) = prod(x.shape[:-1]), weight.shape
-    skinny = rank_tokens([down.shape[0] for down in a], order, offsets, tokens) * (out_features + in_features)
-    return 2 * (tokens * out_features * in_features + skinny)
-
-
-def _backward_flops(
-    dy: Tensor, x: Any, s: Any, weight: Tensor, a: Sequence[Tensor], b: Any, scales: Any, order: Tensor,
-    offsets: Tensor, dropout_p: Any, seeds: Any, token_index: Any, rank_mask: Any, needs_dx: bool,
-    needs_a: Sequence[bool], needs_b: Sequence[bool], **_: Any,
-) -> int:  # fmt: skip
-    """dy W and, of each token's adapter, dy B_l, ds A_l, dsᵀ x and dyᵀ s as far as they are asked for."""
-    tokens, (out_features, in_features) = prod(dy.shape[:-1]), weight.shape
-
-    def of(asking: Sequence[bool]) -> int:
-        ranks = [down.shape[0] if asks else 0 for down, asks in zip(a, asking, strict=True)]
-        return rank_tokens(ranks, order, offsets, tokens)
-
-    ds = of([needs_dx or need for need in needs_a])
-    skinny = (ds + of(needs_b)) * out_features + (of([needs_dx] * len(a)) + of(needs_a)) * in_features
-    return 2 * (needs_dx * tokens * out_features * in_features + skinny)
-
-
-_LIBRARY.impl("grouped_lora_forward", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("grouped_lora_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("petune::grouped_lora_forward", _fake_forward, lib=_LIBRARY)
-torch.library.register_fake("petune::grouped_lora_backward", _fake_backward, lib=_LIBRARY)
-_FORWARD = torch.ops.petune.grouped_lora_forward.default
-_BACKWARD = torch.ops.petune.grouped_lora_backward.default
-register_flop_formula(torch.ops.petune.grouped_lora_forward, get_raw=True)(_forward_flops)
-register_flop_formula(torch.ops.petune.grouped_lora_backward, get_raw=True)(_backward_flops)
+def _parts(joint: Tensor, factors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradient of each factor from that of all of them, None where it has none."""
+    if not any(needs):
+        return [None] * len(needs)
+    parts = joint.flatten().split([factor.numel() for factor in factors])
+    return [
+        part.view(like.shape).to(like.dtype) if need else None
+        for part, like, need in zip(parts, factors, needs, strict=True)
+    ]

@@ -12,7 +12,7 @@ from petune.kernels.autograd import product_dtype
 from petune.kernels.dispatch import Dispatcher
 from petune.kernels.grouped_lora import reference
 from petune.kernels.grouped_lora.groups import RowGroups, check_base, check_lengths
-from petune.kernels.grouped_lora.op import rank_tokens
+from petune.kernels.grouped_lora.registered import rank_tokens
 from petune.kernels.packed_lora.reference import packed_fault
 
 _DISPATCHER = Dispatcher("grouped_lora", reference)

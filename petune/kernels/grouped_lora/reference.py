@@ -5,8 +5,9 @@ gathered, once. No product ever has tokens of two adapters: 0 · NaN is NaN, and
 """
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,75 +17,100 @@ from petune.kernels.autograd import in_shape_of
 from petune.kernels.dropout import keep_mask, mask_of
 from petune.kernels.packed_lora import unpacked
 
+_T = TypeVar("_T")
+
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float],
-    order: Tensor, offsets: Tensor, dropout_p: Sequence[float], seeds: Tensor | None, token_index: Tensor | None,
-    rank_mask: Tensor | None, dtype: torch.dtype, keeps_s: bool = True,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y = x Wᵀ + bias + scale_l/q_l · s B_lᵀ,  s = (x ⊙ m_l) A_lᵀ ⊙ n  for the tokens of adapter l; both in `dtype`.
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor],
+    scales: Sequence[float], order: Tensor, offsets: Tensor, dropout_p: Sequence[float], seeds: Tensor | None,
+    token_index: Tensor | None, rank_mask: Tensor | None, dtype: torch.dtype, keeps_s: bool = True,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """y_i = x W_iᵀ + bias_i + scale_il/q_l · s_i B_ilᵀ,  s_i = (x ⊙ m_l) A_ilᵀ ⊙ n  for the tokens of adapter l.
 
-    m_l is the keep mask, q_l its mean, n the mask of the rank. s is [tokens, largest rank], its rows in the order of
-    the adapters, or [tokens, 0] where it is not kept.
+    m_l is the keep mask, q_l its mean, n the mask of the rank. Factors and scales are those of all adapters for the
+    first projection, then for the next. Returns (y_1, …, s_1, …) in `dtype`: s_i is [tokens, largest rank], its rows
+    in the order of the adapters, or [tokens, 0] where it is not kept.
     """
     layout = _Layout.of(order, offsets, x)
     rows = layout.gathered(x.to(dtype))
-    y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
-    s = rows.new_zeros(len(rows), max(t.shape[0] for t in a) if keeps_s else 0)
+    downs, ups = by_projection(a, len(weights)), by_projection(b, len(weights))
+    factors = by_projection(scales, len(weights))
+    ys = [
+        F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+    ss = [rows.new_zeros(len(rows), max(t.shape[0] for t in own) if keeps_s else 0) for own in downs]
     masks = _Masks(dropout_p, seeds, token_index, rank_mask, layout)
-    for block in layout.blocks(_kinds(a, b)):
+    for block in layout.blocks(_kinds(downs, ups)):
         own = block.split(rows[block.tokens])
         if (mask := masks.of(block, own)) is not None:
             own = mask.mul_(own)
-        down = masks.on_rank(block, own @ block.stack(a, dtype).mT)
-        if keeps_s:
-            s[block.places, : block.rank] = down.flatten(0, 1)
-        block.split(y[block.tokens]).baddbmm_(down * block.scales(scales, masks, down), block.stack(b, dtype).mT)
-    return in_shape_of(x, layout.put_back(y)), s
+        parts = (own @ block.below(downs, dtype).mT).split(block.ranks, dim=2)
+        for y, s, part, up, scale in zip(ys, ss, parts, ups, factors, strict=True):
+            part = masks.on_rank(block, part)
+            if keeps_s:
+                s[block.places, : part.shape[2]] = part.flatten(0, 1)
+            scaled = part * block.scales(scale, masks, part)
+            block.split(y[block.tokens]).baddbmm_(scaled, block.stack(up, dtype).mT)
+    return *(in_shape_of(x, layout.put_back(y)) for y in ys), *ss
 
 
 def backward(
-    dy: Tensor, x: Tensor | None, s: Tensor | None, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor],
-    scales: Sequence[float], order: Tensor, offsets: Tensor, dropout_p: Sequence[float], seeds: Tensor | None,
-    token_index: Tensor | None, rank_mask: Tensor | None, needs_dx: bool, needs_a: Sequence[bool],
-    needs_b: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """ds = scale_l/q_l · dy B_l ⊙ n,  dx = dy W + m_l ⊙ (ds A_l),  dA_l = dsᵀ (x ⊙ m_l),  dB_l = scale_l/q_l · dyᵀ s.
+    dys: Sequence[Tensor], x: Tensor | None, s: Sequence[Tensor], weights: Sequence[Tensor], a: Sequence[Tensor],
+    b: Sequence[Tensor], scales: Sequence[float], order: Tensor, offsets: Tensor, dropout_p: Sequence[float],
+    seeds: Tensor | None, token_index: Tensor | None, rank_mask: Tensor | None, needs_dx: bool,
+    needs_a: Sequence[bool], needs_b: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """ds_i = scale_il/q_l · dy_i B_il ⊙ n,  dx = Σ dy_i W_i + m_l ⊙ (ds_i A_il),  dA_il = ds_iᵀ (x ⊙ m_l),
+    dB_il = scale_il/q_l · dy_iᵀ s_i.
 
-    dA is [Σ rank, in_features], one below the other; dB is flat, one [out_features, rank_l] after the other; zero
-    where an adapter has no tokens. What no flag asks for is empty. dA takes x, dB takes s. The adapters' own products
-    run in their dtype: fp32 adapters on a bf16 base get fp32 gradients, not rounded sums.
+    Returns (dx, dA_1, …, dB_1, …): dA_i is [Σ rank, in_features], one adapter below the other; dB_i is flat, one
+    [out_features, rank_l] after the other; zero where an adapter has no tokens. What no flag asks for is empty. dA
+    takes x, dB takes s. The adapters' own products run in their dtype: fp32 adapters on a bf16 base get fp32
+    gradients, not rounded sums.
     """
-    layout = _Layout.of(order, offsets, dy)
-    rows, x_rows = layout.gathered(dy), None if x is None else layout.gathered(x)
-    dx = rows @ weight.to(rows.dtype) if needs_dx else rows.new_empty(0)
-    (out_features, in_features), ranks = weight.shape, [t.shape[0] for t in a]
-    da = torch.zeros(sum(ranks) if any(needs_a) else 0, in_features, dtype=widest(a), device=dy.device)
-    db = torch.zeros(out_features * sum(ranks) if any(needs_b) else 0, dtype=widest(b), device=dy.device)
-    starts = [0, *accumulate(ranks)]
+    layout = _Layout.of(order, offsets, dys[0])
+    rows, x_rows = [layout.gathered(dy) for dy in dys], None if x is None else layout.gathered(x)
+    downs, ups = by_projection(a, len(weights)), by_projection(b, len(weights))
+    factors = by_projection(scales, len(weights))
+    in_features, device = weights[0].shape[1], dys[0].device
+    dx = base_gradient(rows, weights) if needs_dx else rows[0].new_empty(0)
+    wants_a, wants_b = any(needs_a), any(needs_b)
+    starts = [[0, *accumulate(len(t) for t in own)] for own in downs]
+    das = [torch.zeros(start[-1] if wants_a else 0, in_features, dtype=widest(a), device=device) for start in starts]
+    dbs = [
+        torch.zeros(len(weight) * start[-1] if wants_b else 0, dtype=widest(b), device=device)
+        for weight, start in zip(weights, starts, strict=True)
+    ]
     masks = _Masks(dropout_p, seeds, token_index, rank_mask, layout)
-    for block in layout.blocks(_kinds(a, b)):
-        begin, end = starts[block.adapters.start], starts[block.adapters.stop]
-        wants_a, wants_b = any(needs_a[i] for i in block.adapters), any(needs_b[i] for i in block.adapters)
-        dtype = torch.promote_types(rows.dtype, a[block.adapters.start].dtype)
-        own = block.split(rows[block.tokens]).to(dtype)
-        scale = block.scales(scales, masks, own)
+    for block in layout.blocks(_kinds(downs, ups)):
+        dtype = widest([rows[0], *(own[block.adapters.start] for own in downs)])
+        own = [block.split(dy[block.tokens]).to(dtype) for dy in rows]
+        spans = [slice(start[block.adapters.start], start[block.adapters.stop]) for start in starts]
+        scale = [block.scales(some, masks, own[0]) for some in factors]
         if wants_b:
-            assert s is not None
-            # the long axis of a skinny product goes last: MKL takes a tenth of the time for (sᵀ dy)ᵀ of that for dyᵀ s
-            product = (block.split(s[block.places, : block.rank]).to(dtype).mT @ own).mul_(scale)
-            db[out_features * begin : out_features * end].view_as(product.mT).copy_(product.mT)
+            for db, dy, part, span, factor in zip(dbs, own, s, spans, scale, strict=True):
+                width = (span.stop - span.start) // len(block.adapters)
+                # the long axis of a skinny product goes last: MKL takes a tenth of the time for (sᵀ dy)ᵀ
+                product = (block.split(part[block.places, :width]).to(dtype).mT @ dy).mul_(factor).mT
+                db[product.shape[1] * span.start : product.shape[1] * span.stop].view_as(product).copy_(product)
         if wants_a or needs_dx:
-            ds = (block.stack(b, dtype).mT @ own.mT).mul_(scale)  # [adapters, rank, tokens of each]
-            ds = masks.on_rank(block, ds.mT).mT
-            mask = masks.of(block, own, in_features)
+            ds = [  # [adapters, rank, tokens of each]
+                masks.on_rank(block, (block.stack(up, dtype).mT @ dy.mT).mul_(factor).mT).mT
+                for up, dy, factor in zip(ups, own, scale, strict=True)
+            ]
+            joint = ds[0] if len(ds) == 1 else torch.cat(ds, dim=1)
+            mask = masks.of(block, own[0], in_features)
             if wants_a:
                 assert x_rows is not None
                 dropped = block.split(x_rows[block.tokens]).to(dtype)
-                da[begin:end] = (ds @ (dropped if mask is None else mask * dropped)).flatten(0, 1)
+                product = joint @ (dropped if mask is None else mask * dropped)
+                for da, span, part in zip(das, spans, product.split(block.ranks, dim=1), strict=True):
+                    da[span].view_as(part).copy_(part)
             if needs_dx:
-                _add_low_rank(block.split(dx[block.tokens]), ds.mT, block.stack(a, dx.dtype), mask)
-    return layout.put_back(dx).view(*dy.shape[:-1], in_features) if needs_dx else dx, da, db
+                _add_low_rank(block.split(dx[block.tokens]), joint.mT, block.below(downs, dx.dtype), mask)
+    dx = layout.put_back(dx).view(*dys[0].shape[:-1], in_features) if needs_dx else dx
+    return dx, *das, *dbs
 
 
 def joined_forward(
@@ -95,7 +121,7 @@ def joined_forward(
     layout, starts = _Layout.of(order, offsets, x), [0, *accumulate(ranks)]
     rows, a, b = layout.gathered(x.to(dtype)), a.to(dtype), b.to(dtype)
     y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
-    for block in layout.blocks([(rank,) for rank in ranks]):
+    for block in layout.blocks([((rank,),) for rank in ranks]):
         own = slice(starts[block.adapters.start], starts[block.adapters.stop])
         down = block.split(rows[block.tokens]) @ block.split(a[own]).mT
         up = b[:, own].unflatten(1, (len(block.adapters), -1)).transpose(0, 1)  # [adapters, out_features, rank]
@@ -119,16 +145,32 @@ def packed_forward(
     return (in_shape_of(x, layout.put_back(y)),)
 
 
-def widest(factors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype that holds the gradients of all of them."""
-    dtype = factors[0].dtype
-    for factor in factors[1:]:
-        dtype = torch.promote_types(dtype, factor.dtype)
-    return dtype
+def widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that holds the numbers of all of them."""
+    return reduce(torch.promote_types, {t.dtype for t in tensors})
 
 
-def _kinds(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    return [(len(down), down.dtype, up.dtype) for down, up in zip(a, b, strict=True)]
+def by_projection(flat: Sequence[_T], projections: int) -> list[Sequence[_T]]:
+    """The equally long parts of a list."""
+    size = len(flat) // projections
+    return [flat[i * size : (i + 1) * size] for i in range(projections)]
+
+
+def _kinds(a: Sequence[Sequence[Tensor]], b: Sequence[Sequence[Tensor]]) -> list[tuple[Any, ...]]:
+    """Of each adapter its ranks in all projections, and the dtypes."""
+    return [
+        (tuple(len(t) for t in down), *(t.dtype for t in down), *(t.dtype for t in up))
+        for down, up in zip(zip(*a, strict=True), zip(*b, strict=True), strict=True)
+    ]
+
+
+def base_gradient(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Σ dy_i W_i."""
+    first, *others = zip(rows, weights, strict=True)
+    dx = first[0] @ first[1].to(first[0].dtype)
+    for dy, weight in others:
+        dx.addmm_(dy, weight.to(dy.dtype))
+    return dx
 
 
 def _add_low_rank(dx: Tensor, ds: Tensor, a: Tensor, mask: Tensor | None) -> None:
@@ -158,7 +200,8 @@ class _Block(NamedTuple):
     """Adapters of one rank and dtype whose tokens are as many and lie one after the other: one batched product."""
 
     adapters: range
-    rank: int
+    ranks: tuple[int, ...]
+    """In each projection."""
     tokens: slice
     places: slice
 
@@ -170,6 +213,12 @@ class _Block(NamedTuple):
         """[adapters, …] of the block's factors; a view of the only one."""
         own = factors[self.adapters.start : self.adapters.stop]
         return (own[0].unsqueeze(0) if len(own) == 1 else torch.stack(tuple(own))).to(dtype)
+
+    def below(self, factors: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:
+        """[adapters, Σ rank, in_features] of the block's down projections, those of one adapter below each other."""
+        if len(factors) == 1:
+            return self.stack(factors[0], dtype)
+        return self.split(torch.cat([own[i] for i in self.adapters for own in factors])).to(dtype)
 
     def scales(self, scales: Sequence[float], masks: "_Masks | None", like: Tensor) -> float | Tensor:
         """scale_l/q_l, one number where all have the same, else [adapters, 1, 1] on the device of `like`."""
@@ -204,7 +253,7 @@ class _Layout(NamedTuple):
         """The parts, as many at a time as can be.
 
         Args:
-            kinds: of each adapter its rank, and what else must be equal.
+            kinds: of each adapter its ranks, and what else must be equal.
         """
         block, last = None, None
         for part in self.parts:
@@ -257,7 +306,7 @@ class _Masks:
         """s ⊙ n, [adapters, tokens of each, rank]."""
         if self._rank_mask is None:
             return s
-        return s * block.split(self._rank_mask[block.tokens, : block.rank]).to(s.dtype)
+        return s * block.split(self._rank_mask[block.tokens, : s.shape[2]]).to(s.dtype)
 
     def mean(self, adapter: int) -> float:
         """q_l, 1 where nothing is dropped."""

@@ -13,6 +13,7 @@ from petune.kernels.grouped_lora import (
     RowGroups,
     grouped_joined_lora,
     grouped_lora,
+    grouped_lora_projections,
     grouped_packed_lora,
 )
 from petune.kernels.grouped_lora import packed_skinny as packed
@@ -21,6 +22,7 @@ from petune.kernels.grouped_lora.skinny import configs, dual, expand, outer, shr
 from petune.kernels.launch import INTERPRETED
 from petune.kernels.packed_lora import unpacked
 from tests.conftest import TOLERANCE, relative_error
+from tests.kernels import test_grouped_projections as projections
 from tests.kernels.grouped import RANKS, ROWS, SCALES, batch, detached, gradients, in_double, loop, tokens_of
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -127,6 +129,16 @@ def test_joined_factors_give_what_they_give_one_by_one(device):
     groups = RowGroups.of(ROWS["scattered"], 5)
     y = grouped_joined_lora(*tensors[:3], JoinedFactors.of(tensors.a, tensors.b, SCALES), groups)
     assert torch.equal(y, grouped_lora(*tensors, SCALES, groups))
+
+
+@pytest.mark.parametrize("given", [{}, {"dropout_p": DROPOUT, "seeds": range(5)}], ids=["plain", "dropout"])
+def test_projections_of_one_x_give_what_each_gives_by_itself(given, device):
+    layers, groups = projections.layers(7, 3, device=device), RowGroups.of(ROWS["scattered"], 5)
+    x, *columns = layers
+    apart = [grouped_lora(x, *own, groups, **given) for own in zip(*columns, projections.SCALES, strict=True)]
+    ours = projections.gradients(grouped_lora_projections(*layers, projections.SCALES, groups, **given), layers)
+    for out, exact in zip(ours, projections.gradients(apart, layers), strict=True):
+        assert relative_error(out, exact) <= 2 * TOLERANCE[FP32]
 
 
 @pytest.mark.parametrize("trained", ["x", "a", "b"])
