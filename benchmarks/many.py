@@ -9,7 +9,8 @@ The base is the demo's sentence encoder (6 blocks of 384) with LoRA r=8 on all l
 the first step to the last, loading left out: steps of one and of two short rows, with which a single run reaches a
 fraction of the machine's tokens/s, and large steps; median of rounds in turns. *fills* is that fraction, the tokens/s
 of one run by itself over those with large steps: no gain can be above its inverse. Memory: the peak of a process that
-trains them in one way or the other.
+trains them in one way or the other. Threads that wait for work stay awake (OMP_WAIT_POLICY=active), in both ways; one
+case is also measured with threads that fall asleep after a while, as libgomp's do unless told.
 Beside it the training step alone, of one batch with the rows of all adapters: PEFT's mixed-batch loop (in eval mode,
 the only one that it takes names in) and ours, without a trainer around them.
 *Infer*: rows that take 1, 8 or 64 adapters, PEFT's loop and the grouped operator in turns: a forward of the encoder,
@@ -34,6 +35,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "active")  # read when torch is imported
 
 import lightning as L
 import torch
@@ -58,6 +61,7 @@ from benchmarks.many_parts import (
     compared,
     encoder,
     in_turns,
+    is_smoke,
 )
 from petune import FusedLoraConfig, fuse
 from petune.many import ManyRun, fit_many
@@ -97,8 +101,8 @@ class Clock(Callback):
 
     began = ended = 0.0
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.began = time.perf_counter()
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.began = self.began or time.perf_counter()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.ended = time.perf_counter()
@@ -144,20 +148,49 @@ def measure_train(plan: Plan) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for size, batch, tokens, steps, numbers in plan.sizes:
         for runs in numbers:
-            times: dict[str, list[float]] = {TOGETHER: [], ONE_BY_ONE: []}
-            for number in range(plan.rounds):
-                for way in sorted(times, reverse=number % 2 == 1):
-                    times[way].append(train_seconds(way, runs, batch, tokens, steps))
-            ratios = [alone / joint for joint, alone in zip(times[TOGETHER], times[ONE_BY_ONE], strict=True)]
-            row = {"size": size, "rows": batch, "tokens": tokens, "steps": steps, "runs": runs, **speedup(ratios)}
-            count = runs * batch * tokens * steps
-            row |= {way: round(count / statistics.median(found)) for way, found in times.items()}
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+            case = {"size": size, "rows": batch, "tokens": tokens, "steps": steps, "runs": runs}
+            rows.append(case | gain(plan.rounds, runs, batch, tokens, steps))
+            print(json.dumps(rows[-1]), flush=True)
     most = max(row[ONE_BY_ONE] for row in rows if row["size"] == "large")
     rows = [row | {"fills": round(row[ONE_BY_ONE] / most, 3)} for row in rows]
     memory = [row for runs in plan.memory_runs for row in peak_memory(runs, plan)]
-    return {"rounds": plan.rounds, "rows": rows, "memory": memory, "step": measure_step(plan)}
+    asleep = gain_asleep(plan)
+    return {"rounds": plan.rounds, "rows": rows, "asleep": asleep, "memory": memory, "step": measure_step(plan)}
+
+
+def gain(rounds: int, runs: int, rows: int, tokens: int, steps: int) -> dict[str, float]:
+    """Of runs together over one after the other, and the tokens/s of both."""
+    times: dict[str, list[float]] = {TOGETHER: [], ONE_BY_ONE: []}
+    for number in range(rounds):
+        for way in sorted(times, reverse=number % 2 == 1):
+            times[way].append(train_seconds(way, runs, rows, tokens, steps))
+    ratios = [alone / joint for joint, alone in zip(times[TOGETHER], times[ONE_BY_ONE], strict=True)]
+    count = runs * rows * tokens * steps
+    return speedup(ratios) | {way: round(count / statistics.median(found)) for way, found in times.items()}
+
+
+def gain_asleep(plan: Plan) -> dict[str, Any]:
+    """The gain of small runs in a process whose waiting threads spin as long as libgomp lets them by default."""
+    size, rows, tokens, steps, numbers = plan.sizes[0]
+    runs = 8 if 8 in numbers else numbers[-1]
+    case = plan.rounds, runs, rows, tokens, steps
+    if is_smoke():
+        found = gain(*case)
+    else:
+        os.environ["GOMP_SPINCOUNT"] = "300000"
+        try:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                found = pool.apply(_gain_in_child, case)
+        finally:
+            del os.environ["GOMP_SPINCOUNT"]
+    row = {"size": size, "rows": rows, "tokens": tokens, "steps": steps, "runs": runs, **found}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def _gain_in_child(*case: int) -> dict[str, float]:
+    all_cores()
+    return gain(*case)
 
 
 def speedup(ratios: Sequence[float]) -> dict[str, float]:
@@ -232,7 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = json.loads(args.out.read_text())
     for part in args.only:
         found = PARTS[part](SMOKE if args.smoke else Plan())
-        result[part] = {"smoke": args.smoke, **environment(), **found}
+        place = environment()
+        place["hardware"] |= {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default")}
+        result[part] = {"smoke": args.smoke, **place, **found}
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

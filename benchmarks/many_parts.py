@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, BertConfig
 
 from benchmarks.common import quieten
-from petune import FusedLoraConfig
+from petune import FusedLoraConfig, fuse
 from petune.demo.retrieval import demo_encoder
 
 PEFT, OURS = "PEFT adapter_names", "grouped"
@@ -25,12 +25,12 @@ class Plan:
     """How much is measured."""
 
     sizes: tuple[tuple[str, int, int, int, tuple[int, ...]], ...] = (
-        ("tiny", 1, 16, 12, (1, 2, 4, 8, 16, 32)),
+        ("tiny", 1, 16, 12, (1, 2, 4, 8, 16)),
         ("small", 2, 16, 12, (1, 2, 4, 8, 16)),
         ("large", 16, 64, 6, (1, 4)),
     )
     """Name, rows and tokens a row of one run's step, steps, and numbers of runs."""
-    rounds: int = 3
+    rounds: int = 5
     memory_runs: tuple[int, ...] = (1, 8)
     infer: tuple[tuple[str, int, int, tuple[int, ...]], ...] = (
         ("forward", 64, 32, (1, 8, 64)),
@@ -86,6 +86,8 @@ def adapted(
     for number in range(1, adapters):
         model.add_adapter(str(number), config())
     model.set_requires_grad([str(number) for number in range(adapters)])
+    if isinstance(model.peft_config["0"], FusedLoraConfig):
+        fuse(model)
     return model.eval()
 
 

@@ -96,12 +96,13 @@ def train(found: Mapping[str, Any]) -> str:
             f"{row['rows']} x {row['tokens']}",
             f"{row['fills']:.2f}",
             str(row["runs"]),
-            f"{row['gain']:.2f} ({row['gain_min']:.2f}..{row['gain_max']:.2f})",
+            _gain(row),
             f"{row['together']:,}",
             f"{row['one after the other']:,}",
         )
         for row in found["rows"]
     ]
+    asleep = found["asleep"]
     memory = [(str(row["runs"]), row["way"], str(row["peak_mib"]), str(row["before_mib"])) for row in found["memory"]]
     step = [
         (row["size"], str(row["adapters"]), *_compared(row))
@@ -110,11 +111,17 @@ def train(found: Mapping[str, Any]) -> str:
     return "\n\n".join(
         (
             table(("rows x tokens of a run's step", "fills", "runs", "gain", "tokens/s together", "one by one"), rows),
+            f"{asleep['runs']} runs of {asleep['rows']} x {asleep['tokens']} with threads that fall asleep, which is "
+            f"the default: {_gain(asleep)}.",
             table(("runs", "way", "peak MiB of the process", "before training"), memory),
             "The step alone, forward and backward of one mixed batch:",
             table(("size", "adapters", "time over PEFT's", "ms, ours", "ms, PEFT"), step),
         )
     )
+
+
+def _gain(row: Mapping[str, Any]) -> str:
+    return f"{row['gain']:.2f} ({row['gain_min']:.2f}..{row['gain_max']:.2f})"
 
 
 def infer(found: Mapping[str, Any]) -> str:

@@ -17,6 +17,8 @@ from petune.kernels.grouped_lora import (
     grouped_lora,
     grouped_lora_projections,
 )
+from petune.kernels.lora_group import lora_group
+from petune.kernels.lora_linear import lora_linear
 from petune.low_rank import Operands, is_hooked
 
 _T = TypeVar("_T")
@@ -55,6 +57,10 @@ class Mixed:
         self._was_called = False
 
     def __call__(self, x: Tensor) -> Tensor:
+        lone = self.groups.lone
+        if lone is not None:
+            factors = self.a[lone], self.b[lone], self.scales[lone], self.dropout_p[lone]
+            return lora_linear(x, self.weight, self.bias, *factors, self._rank_mask(x))
         if torch.is_grad_enabled() or any(self.dropout_p) or any(self._rank_dropout_p):
             operands = self.a, self.b, self.scales, self.groups, self.dropout_p
             return grouped_lora(x, self.weight, self.bias, *operands, rank_mask=self._rank_mask(x))
@@ -93,17 +99,14 @@ class MixedProjections:
         return cls(parts) if alike and all(len({t.dtype for t in own}) == 1 for own in by_adapter) else None
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        parts = self._parts
-        return grouped_lora_projections(
-            x,
-            [one.weight for one in parts],
-            [one.bias for one in parts],
-            [one.a for one in parts],
-            [one.b for one in parts],
-            [one.scales for one in parts],
-            parts[0].groups,
-            parts[0].dropout_p,
-        )
+        parts, groups, dropout_p = self._parts, self._parts[0].groups, self._parts[0].dropout_p
+        weights, biases = [one.weight for one in parts], [one.bias for one in parts]
+        a, b, scales = [one.a for one in parts], [one.b for one in parts], [one.scales for one in parts]
+        lone = groups.lone
+        if lone is not None:
+            down, up, scale = [own[lone] for own in a], [own[lone] for own in b], [own[lone] for own in scales]
+            return lora_group(x, weights, biases, down, up, scale, dropout_p[lone])
+        return grouped_lora_projections(x, weights, biases, a, b, scales, groups, dropout_p)
 
 
 Call = Callable[[Tensor], Tensor]

@@ -83,7 +83,7 @@ class FusedLoraLinear(LoraLinear):
 
     def _make_mixed(self, names: tuple[str, ...]) -> Mixed | None:
         modules: dict[str, Any] = self._modules
-        present, groups = row_groups(names, frozenset(modules["lora_A"]._modules))
+        present, groups = row_groups(names, frozenset(names).intersection(modules["lora_A"]._modules))
         if groups is None or any(uncovered_adapter(self, name) for name in present):
             return None
         base = modules["base_layer"]

@@ -29,17 +29,22 @@ class JointModule(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan = self._plan()
-        group = self.__dict__.get("group")
-        if group is not None and not args and not kwargs:
-            y = group.take(self, x, _together, plan)
-            if y is not None:
-                return y
-        mine = self.adapted(plan)
-        low_rank = {} if args or kwargs else _low_rank(mine, x)
-        y = _grouped(plan, x, [low_rank], mine)[0] if low_rank else None
-        if y is not None and len(low_rank) == len(mine):
+        y, done = None, dict[Any, Operands]()
+        if not args and not kwargs:
+            with torch._C.DisableTorchFunction():  # the mode that draws dropout would look at thousands of attributes
+                y, done = self._low_rank(plan, x)
+        if y is not None and all(part.run in done or part.run not in self.layers for part in plan.parts):
             return y
-        return self._by_runs(plan, x, y, low_rank, args, kwargs)
+        return self._by_runs(plan, x, y, done, args, kwargs)
+
+    def _low_rank(self, plan: Plan, x: Tensor) -> tuple[Tensor | None, Container[Any]]:
+        """The output by `grouped_lora_projections`, and the runs whose adapters are in it; None without any."""
+        group = self.__dict__.get("group")
+        y = None if group is None else group.take(self, x, _together, plan)
+        if y is not None:
+            return y, self.layers
+        operands = _low_rank(self.adapted(plan), x)
+        return _grouped(plan, x, [operands], self.layers)[0] if operands else None, operands
 
     def adapted(self, plan: Plan) -> dict[Any, nn.Module]:
         """The layers of the runs of this call that adapt it, in the order of their rows."""

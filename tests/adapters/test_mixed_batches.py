@@ -115,6 +115,68 @@ def test_a_mixed_batch_in_training_gives_the_gradients_of_each_adapters_rows_alo
     assert model.base_model.training
 
 
+def _sizes(monkeypatch, operator: str, weights: int = 1) -> list[int]:
+    """Projections in each call of an operator, whose argument `weights` is theirs."""
+    sizes: list[int] = []
+    original = getattr(mixed_batch, operator)
+    monkeypatch.setattr(mixed_batch, operator, lambda *args: sizes.append(len(args[weights])) or original(*args))
+    return sizes
+
+
+def _step(model: PeftModel, names: list[str], family: str) -> dict[str, torch.Tensor]:
+    head = "lm" if family == "llama" else "cls"
+    batch = inputs(family, head, batch_size=len(names))
+    torch.manual_seed(7)
+    return gradients(model, lambda: model(**batch, adapter_names=names).loss)
+
+
+@pytest.mark.parametrize(("family", "sizes"), [("bert", [3, 3]), ("llama", [3, 2, 3, 2])])
+def test_in_training_projections_of_one_input_are_one_operator(family, sizes, monkeypatch):
+    head = "lm" if family == "llama" else "cls"
+    models = [three("lora", family, head, target_modules="all-linear") for _ in range(2)]
+    petune.fuse(models[0])
+    names = ["third", "__base__", "default", "third", "default"]
+    called = _sizes(monkeypatch, "grouped_lora_projections")
+    found, expected = (_step(model, names, family) for model in models)
+    assert called == sizes
+    for key, gradient in expected.items():
+        assert relative_error(found[key], gradient) <= 10 * TOLERANCE[torch.float32]
+    assert all(layer.group.off == "" for layer in models[0].modules() if getattr(layer, "group", None))
+
+
+def test_rows_that_all_take_one_adapter_are_a_batch_of_it(monkeypatch):
+    model = three("lora", "bert", target_modules="all-linear").train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    petune.fuse(model)
+    model.set_adapter("third")
+    batch = inputs("bert", batch_size=3)
+    expected = gradients(model, lambda: model(**batch).loss)
+    model.set_requires_grad(NAMES)
+    grouped = _sizes(monkeypatch, "grouped_lora"), _sizes(monkeypatch, "grouped_lora_projections")
+    alone = _sizes(monkeypatch, "lora_group")
+    found = _step(model, ["third"] * 3, "bert")
+    assert (grouped, alone) == (([], []), [3, 3])
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        assert torch.equal(found[key], gradient)
+
+
+def test_a_hook_on_one_projection_is_called_and_all_compute_their_own(monkeypatch):
+    model = three("lora", "bert", target_modules="all-linear")
+    petune.fuse(model)
+    names = ["third", "__base__", "default", "third", "default"]
+    expected = _step(model, names, "bert")
+    called, seen = _sizes(monkeypatch, "grouped_lora_projections"), []
+    key = next(layer for name, layer in model.named_modules() if name.endswith("0.attention.self.key"))
+    key.register_forward_hook(lambda *_: seen.append(1))
+    found = _step(model, names, "bert")
+    assert (called, seen) == ([3], [1])  # the other block's
+    for name, gradient in expected.items():
+        assert relative_error(found[name], gradient) <= TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_an_optimizer_moves_only_the_adapters_that_had_rows(method):
     dropout = {"lora_dropout": 0.1} if method == "lora" else {"dropout": 0.1}

@@ -4,7 +4,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
 
-from petune.many import engine, fit_many
+from petune.adapters.lora import fuse
+from petune.many import engine, fit_many, joint_module
 from tests.conftest import TOLERANCE, relative_error
 from tests.many.learners import Learner, alone, bilora, lora, rows, run
 
@@ -43,6 +44,57 @@ def test_runs_of_many_kinds_learn_together_what_they_learn_alone(tmp_path):
         assert_alike(runs[name].task, expected)
         assert result.steps == len(expected.losses)
         assert result.metrics["train/loss"] == pytest.approx(expected.losses[-1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("targets", "sizes"),
+    [
+        ({}, {1, 3}),
+        ({"b": ["query", "value"]}, {1, 2}),  # keys by themselves, though one run has them with the other two
+        ({"b": ["key", "value"], "a": ["query", "value"]}, {1}),
+        ({"a": ["query", "value"], "b": ["query", "value"]}, {2}),
+    ],
+    ids=["all", "less of one", "one in common", "some"],
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_projections_of_one_input_are_one_operator_for_all_runs(dropout, targets, sizes, tmp_path, monkeypatch):
+    def one(place, name):
+        more = {"target_modules": targets[name]} if name in targets else {}
+        config = lora(r=3 + len(name), lora_dropout=dropout, **more)
+        return run(tmp_path / place / name, Learner(config), rows(count=4, seed=ord(name)), batch=2, seed=ord(name))
+
+    found: set[int] = set()
+    operator = joint_module.grouped_lora_projections
+
+    def counting(x, weights, *args, **kwargs):
+        found.add(len(weights))
+        return operator(x, weights, *args, **kwargs)
+
+    monkeypatch.setattr(joint_module, "grouped_lora_projections", counting)
+    runs = {name: one("together", name) for name in "ab"}
+    assert [result.error for result in fit_many(runs).values()] == [None, None]
+    assert found == sizes
+    for name, together in runs.items():
+        assert_alike(together.task, alone(one("alone", name)))
+
+
+class Ungrouped(Learner):
+    """Each of its projections draws a mask of its own."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        fuse(self.model, group=False)
+
+
+def test_a_run_whose_projections_draw_one_mask_each_keeps_them_among_others(tmp_path):
+    def one(place, kind):
+        learner = kind(lora(lora_dropout=0.3))
+        return run(tmp_path / place / kind.__name__, learner, rows(count=4), batch=2)
+
+    runs = {kind.__name__: one("together", kind) for kind in (Learner, Ungrouped)}
+    assert [result.error for result in fit_many(runs).values()] == [None, None]
+    for kind in (Learner, Ungrouped):
+        assert_alike(runs[kind.__name__].task, alone(one("alone", kind)))
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,12 @@ class RowGroups:
         """Of the batch."""
         return self.ids.shape[0]
 
+    @property
+    def lone(self) -> int | None:
+        """The adapter that all rows take; None where they differ, or where the ids came in a tensor."""
+        found = set(self._known or ())
+        return found.pop() if len(found) == 1 and -1 not in found else None
+
     def present(self) -> tuple[bool, ...] | None:
         """Whether each adapter has rows; None where the host cannot read it: ids on a GPU, or in a traced function.
 

@@ -320,8 +320,10 @@ def _parts(joint: Tensor, factors: Sequence[Tensor], needs: Sequence[bool]) -> l
     """The gradient of each factor from that of all of them, None where it has none."""
     if not any(needs):
         return [None] * len(needs)
-    parts = joint.flatten().split([factor.numel() for factor in factors])
-    return [
-        part.view(like.shape).to(like.dtype) if need else None
-        for part, like, need in zip(parts, factors, needs, strict=True)
-    ]
+    shapes = {factor.shape for factor in factors}
+    if len(shapes) == 1:  # views of all in one call
+        parts = joint.view(len(factors), *shapes.pop()).unbind()
+    else:
+        flat = joint.flatten().split([factor.numel() for factor in factors])
+        parts = [part.view(like.shape) for part, like in zip(flat, factors, strict=True)]
+    return [part.to(like.dtype) if need else None for part, like, need in zip(parts, factors, needs, strict=True)]
