@@ -121,7 +121,8 @@ def _on_rank(s: Tensor, rank_mask: Tensor | None, layout: Layout) -> Tensor:
     """s ⊙ n, the rows of s in the order of the adapters; s is used up."""
     if rank_mask is None or not len(s):
         return s
-    return s.mul_(rank_mask.reshape(len(layout.order), -1, s.shape[1])[layout.order].view_as(s))
+    mask = rank_mask[:, : s.shape[1]].reshape(len(layout.order), -1, s.shape[1])
+    return s.mul_(mask[layout.order].view_as(s))
 
 
 def _layout(order: Tensor, offsets: Tensor, a: Sequence[Tensor]) -> Layout:

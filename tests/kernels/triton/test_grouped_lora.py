@@ -131,11 +131,15 @@ def test_joined_factors_give_what_they_give_one_by_one(device):
     assert torch.equal(y, grouped_lora(*tensors, SCALES, groups))
 
 
-@pytest.mark.parametrize("given", [{}, {"dropout_p": DROPOUT, "seeds": range(5)}], ids=["plain", "dropout"])
+@pytest.mark.parametrize("given", [{}, {"dropout_p": DROPOUT, "seeds": range(5)}, None], ids=["plain", "x", "rank"])
 def test_projections_of_one_x_give_what_each_gives_by_itself(given, device):
     layers, groups = projections.layers(7, 3, device=device), RowGroups.of(ROWS["scattered"], 5)
     x, *columns = layers
-    apart = [grouped_lora(x, *own, groups, **given) for own in zip(*columns, projections.SCALES, strict=True)]
+    mask = torch.rand(21, 8, device=device).round().mul(2)
+    masks = [{"rank_mask": mask[:, : max(ranks)]} if given is None else given for ranks in projections.RANKS]
+    given = {"rank_mask": mask} if given is None else given
+    each = zip(zip(*columns, projections.SCALES, strict=True), masks, strict=True)
+    apart = [grouped_lora(x, *own, groups, **dropped) for own, dropped in each]
     ours = projections.gradients(grouped_lora_projections(*layers, projections.SCALES, groups, **given), layers)
     for out, exact in zip(ours, projections.gradients(apart, layers), strict=True):
         assert relative_error(out, exact) <= 2 * TOLERANCE[FP32]
