@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -136,6 +137,11 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return None
+    if sys.platform == "linux":
+        # not ru_maxrss: across fork and exec that starts at the size of the parent, which may be a notebook's kernel
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     import resource  # POSIX only
 
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -138,12 +138,30 @@ def mixed(owner: Hashable, names: Sequence[str], make: Callable[[], _T]) -> _T:
     return known[owner][1]
 
 
-def brings_names(layer: nn.Module, names: Sequence[str]) -> bool:
-    """Whether calling the layer is its class's forward with `adapter_names`, and nothing else."""
+def bring_names(
+    root: nn.Module, names: Sequence[str], kinds: tuple[type[nn.Module], ...]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Have the modules of these kinds below `root` called with `adapter_names`, until the handles are removed."""
+    bring = partial(_bring, adapter_names=names)
+    return [m.register_forward_pre_hook(bring, with_kwargs=True) for m in root.modules() if isinstance(m, kinds)]
+
+
+def _bring(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, adapter_names: Sequence[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs
+
+
+def only_brings_names(layer: nn.Module, names: Sequence[str]) -> bool:
+    """Whether calling the layer is its class's forward with `adapter_names`, and nothing else.
+
+    The hook may be PEFT's, whose function has another name.
+    """
     state = layer.__dict__
     before = list(state["_forward_pre_hooks"].values())
-    is_pefts = [isinstance(hook, partial) and hook.keywords.get("adapter_names") is names for hook in before]
-    return is_pefts == [True] and not is_hooked(layer, but_before=True)
+    is_it = [isinstance(hook, partial) and hook.keywords.get("adapter_names") is names for hook in before]
+    return is_it == [True] and not is_hooked(layer, but_before=True)
 
 
 def allow_training(fused: type[LoraLayer]) -> None:

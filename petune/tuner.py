@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Generator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +27,7 @@ from petune.config import PetuneConfig
 from petune.four_bits import keep_form
 from petune.hooks import remove_hooks, share_of_step
 from petune.layer import BASE, AdapterLayer
-from petune.mixed_batch import one_call
+from petune.mixed_batch import bring_names, one_call
 from petune.topology import closest_modules, find_topology, resolve_targets
 
 # fields in which summed adapters may differ
@@ -255,10 +254,13 @@ class PetuneTuner(BaseTuner):
             return
         self._check_adapter_names(rows)
         beams = kwargs.get("num_beams") or 1
-        handles = self._hook(self, [name for name in rows for _ in range(beams)])
+        kinds = AdapterLayer, AuxiliaryTrainingWrapper
+        handles = bring_names(self, [name for name in rows for _ in range(beams)], kinds)
         encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
         if isinstance(encoder, nn.Module) and encoder is not self.model:
-            handles += self._hook(encoder, rows)  # beams are spread after the encoder has run; the later hook wins
+            handles += bring_names(
+                encoder, rows, kinds
+            )  # beams are spread after the encoder has run; the later hook wins
         try:
             with one_call():
                 yield
@@ -277,13 +279,6 @@ class PetuneTuner(BaseTuner):
         unknown = set(rows) - set(self.peft_config) - {BASE}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-
-    def _hook(self, root: nn.Module, rows: list[str]) -> list[torch.utils.hooks.RemovableHandle]:
-        return [
-            module.register_forward_pre_hook(partial(_add_adapter_names, rows=rows), with_kwargs=True)
-            for module in root.modules()
-            if isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper))
-        ]
 
     # --- weighted adapters ---
 
@@ -393,10 +388,3 @@ def _check_not_nested(targets: list[tuple[str, nn.Module]]) -> None:
         if outer and name.startswith(f"{outer}."):
             raise ValueError(f"target {name!r} lies inside target {outer!r}; narrow target_modules to one of them.")
         outer = name
-
-
-def _add_adapter_names(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, rows: list[str]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    kwargs["adapter_names"] = rows
-    return args, kwargs

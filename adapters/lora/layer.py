@@ -16,7 +16,7 @@ from petune.four_bits import keep_form
 from petune.kernels.lora_group import lora_group
 from petune.kernels.lora_linear import lora_linear
 from petune.low_rank import Operands, is_hooked, is_wrapped, takes, tensor, uncovered_base
-from petune.mixed_batch import Mixed, MixedProjections, allow_training, brings_names, mixed, row_groups
+from petune.mixed_batch import Mixed, MixedProjections, allow_training, mixed, only_brings_names, row_groups
 
 
 class FusedLoraLinear(LoraLinear):
@@ -123,7 +123,7 @@ def _mixed_together(layers: Sequence[Any], x: Tensor, names: Sequence[str]) -> S
         return None
 
     def make() -> MixedProjections | None:
-        found = [layer._make_mixed(tuple(names)) for layer in layers if brings_names(layer, names)]
+        found = [layer._make_mixed(tuple(names)) for layer in layers if only_brings_names(layer, names)]
         whole = [one for one in found if one is not None]
         return MixedProjections.of(whole) if len(whole) == len(layers) else None
 

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from petune.cli.arguments import CommandParser, take_option
 from petune.cli.describe import adapter_line
 from petune.cli.errors import UsageError
-from petune.cli.train import PetuneCLI
+from petune.cli.train import ParsedFit
 from petune.fsdp2 import check_shardable, units
 from petune.tasks import AdapterTask
 from petune.tasks.quantization import saved_bytes
@@ -56,18 +56,6 @@ class Estimate:
         return held + self.exchange_bytes + (self.activation_bytes or 0)
 
 
-class _Parsed(PetuneCLI):
-    """The command line of fit, parsed and checked but not run."""
-
-    def _set_seed(self) -> None: ...
-
-    def before_instantiate_classes(self) -> None: ...
-
-    def instantiate_classes(self) -> None: ...
-
-    def _run_subcommand(self, subcommand: str) -> None: ...
-
-
 def run_estimate(arguments: list[str]) -> int:
     """Parse the arguments of fit, estimate, print the table.
 
@@ -78,7 +66,7 @@ def run_estimate(arguments: list[str]) -> int:
         UsageError: an argument is wrong, or the two do not go together.
     """
     strategy, processes, arguments = _take_processes(arguments)
-    options = _Parsed(["fit", *arguments]).options
+    options = ParsedFit(["fit", *arguments]).options
     task = _instantiate_task(options.model)
     data = options.data.init_args
     estimate = estimate_task(

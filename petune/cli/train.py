@@ -246,3 +246,13 @@ def _labels(data: Any) -> list[str] | None:
 
 def _tokenizer(model: str, tokenizer: str | None) -> str:
     return tokenizer or model
+
+
+class ParsedFit(PetuneCLI):
+    """The command line of fit, parsed and checked but not run."""
+
+    def _set_seed(self) -> None: ...
+
+    def instantiate_classes(self) -> None: ...
+
+    def _run_subcommand(self, subcommand: str) -> None: ...

@@ -13,7 +13,7 @@ import yaml
 from petune.cli.arguments import resolve_recipes
 from petune.cli.errors import UsageError
 from petune.cli.quiet import quiet
-from petune.cli.train import PetuneCLI
+from petune.cli.train import ParsedFit
 from petune.comparison.methods import BASELINE, Method
 from petune.tasks import AdapterTask
 
@@ -57,16 +57,6 @@ class Trial:
         """What `petune fit` takes to make the run, or to go on with it from its last checkpoint."""
         last = self.folder / "checkpoints" / "last.ckpt"
         return [*self.arguments, f"--output={self.folder}", *(["--ckpt_path=last"] if last.is_file() else [])]
-
-
-class ParsedFit(PetuneCLI):
-    """The command line of fit, parsed and checked but not run."""
-
-    def _set_seed(self) -> None: ...
-
-    def instantiate_classes(self) -> None: ...
-
-    def _run_subcommand(self, subcommand: str) -> None: ...
 
 
 def resolve(arguments: Sequence[str]) -> Resolved:

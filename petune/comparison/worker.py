@@ -108,7 +108,7 @@ class Stopwatch(Callback):
 
     def _look_at_memory(self, device: torch.device) -> None:
         if device.type == "cuda" or self.own_process:  # CUDA's is counted from the start of the fit
-            self.peak_bytes = max(self.peak_bytes or 0, _peak_bytes(device) or 0) or None
+            self.peak_bytes = max(self.peak_bytes or 0, peak_memory_bytes(device) or 0) or None
 
 
 class MeasuredFit(PetuneCLI):
@@ -186,15 +186,6 @@ def has_split(data: Any, split: SplitName) -> bool:
 
 def _weights_bytes(adapter: Path) -> int:
     return sum(path.stat().st_size for pattern in ("*.safetensors", "*.bin") for path in adapter.glob(pattern))
-
-
-def _peak_bytes(device: torch.device) -> int | None:
-    if device.type != "cuda" and sys.platform == "linux":
-        # Not ru_maxrss: across fork and exec that starts at the size of the parent, which may be a notebook's kernel.
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return peak_memory_bytes(device)
 
 
 def measured_fit(arguments: list[str], *, own_process: bool) -> None:
