@@ -15,6 +15,7 @@ _WARNINGS = (
     r".*`loftq_config` specified but will be ignored.*",  # the parser fills in every field's default
     r".*is_gradient_checkpointing` is deprecated.*",  # PEFT's use of transformers
     r".*overridden `on_before_batch_transfer`.*",  # which tasks check their labels in
+    r"Found .* in eval mode at the start of training.*",  # a side network's backbone is meant to be
     r".*number of training batches .* is smaller than the logging interval.*",
 )
 _MESSAGES = ("litlogger", "litmodels", "estimate number of stepping batches", "Detected KeyboardInterrupt")

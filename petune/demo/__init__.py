@@ -32,14 +32,15 @@ def run_demo(
         compare: fine-tune the whole model as well, on top of the budget.
         budget_s: seconds that the rest may take; training is cut to fit.
         seed: of data, training and intervals.
-        methods: short names of methods; None for all that are installed.
+        methods: short names of methods; None for all that can be trained on the demo's base.
         output: folder for the adapters; None for `petune-demo` in the working directory.
         quiet: neither progress nor report.
         console: where the report is printed; None for standard output.
 
     Raises:
         ModuleNotFoundError: the `demo` extra is not installed.
-        ValueError: unknown task or method, or a budget that is not above 0.
+        ValueError: unknown task or method, a method that was asked for and cannot be trained on the base, or a
+            budget that is not above 0.
     """
     started = time.monotonic()
     if task not in ("retrieval", "vision"):

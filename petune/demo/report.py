@@ -98,6 +98,8 @@ class DemoResult:
     examples: list[Example] = field(default_factory=list)
     outcomes: dict[str, int] = field(default_factory=dict)
     """Queries by outcome, before to after."""
+    shown: str = ""
+    """Name of the row that the examples and the outcomes are of."""
     adapters: dict[str, str] = field(default_factory=dict)
     """Folder of each saved adapter, by method."""
     notes: list[str] = field(default_factory=list)
@@ -122,8 +124,8 @@ class DemoResult:
 
     @property
     def conclusion(self) -> str:
-        """One sentence a trained row; it claims a difference only where the 95% interval excludes zero."""
-        return " ".join(_verdict(comparison, self.metric) for comparison in self.comparisons)
+        """One line a trained row; it claims a difference only where the 95% interval excludes zero."""
+        return "\n".join(_verdict(comparison, self.metric) for comparison in self.comparisons)
 
     def to_json(self, *, timings: bool = True) -> str:
         """The whole result; without `timings` two runs with one seed on one machine give the same text."""
@@ -231,7 +233,7 @@ def _examples(result: DemoResult) -> Group:
     total = sum(result.outcomes.values())
     counts = ", ".join(f"{kind}: {count}" for kind, count in sorted(result.outcomes.items()))
     lines = [
-        Text(f"\nTop hits of {total} queries, {result.reference} → {result.comparisons[0].name}: {counts}."),
+        Text(f"\nTop hits of {total} queries, {result.reference} → {result.shown}: {counts}."),
         Text("Shown are the first query of each outcome and the first ones left, in the order of the data."),
     ]
     for example in result.examples:

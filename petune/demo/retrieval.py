@@ -14,7 +14,6 @@ import lightning as L
 import numpy as np
 import torch
 from peft import PeftModel
-from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -23,11 +22,11 @@ from petune.demo.docstrings import DocPair, Split, collect_pairs
 from petune.demo.metrics import Floats, Interval, QueryScores, bootstrap_mean, score_queries
 from petune.demo.progress import Stages, StepsDone, show_stages
 from petune.demo.report import Check, Comparison, DemoResult, Example, Row, choose_examples, environment, outcome
+from petune.demo.retrieval_baselines import LINEAR_STEPS, fit_linear_map, tf_idf
 from petune.demo.saving import adapter_folder, save_and_check
 from petune.demo.trials import Trial, trials
 from petune.tasks import TextEmbedding, TextPairData
 from petune.tasks.models import load_tokenizer
-from petune.tasks.text_embedding import contrastive_loss
 
 FROZEN = "frozen encoder"
 LINEAR = "frozen + linear map"
@@ -38,8 +37,6 @@ ADAPTER_LEARNING_RATE = 1e-3  # 30 steps are few: 5e-4 gains two points less, 2e
 FULL_LEARNING_RATE = 5e-5
 TUNED_ON = (0, 1)  # seeds whose held-out data the adapter's and the linear map's settings were chosen on
 OPTIMISTIC = "Rates of adapter and linear map were chosen on this seed's held-out data; seed 2 played no part."
-# A full-batch step and few of them suit the map best among six settings tried on held-out data of two seeds.
-LINEAR_STEPS, LINEAR_LEARNING_RATE = 10, 1e-3
 STEP_COST = 5.0  # a training step takes the time of about 4.4 encodings of the same texts
 CHECK_S = 3.0  # export, reload and merge
 
@@ -118,7 +115,7 @@ def run_retrieval(
         compare: fine-tune the whole encoder as well, for as long as one method, on top of the budget.
         budget_s: seconds for everything else; training is cut to fit, each method alike.
         seed: of the split, of the training and of the bootstrap.
-        methods: short names; None for all that are installed.
+        methods: short names; None for all that can be trained here.
         output: folder for the adapters.
         settings: sizes of the run.
         encoder: folder of a sentence encoder; None for that of the `demo` extra.
@@ -128,12 +125,13 @@ def run_retrieval(
 
     Raises:
         ModuleNotFoundError: the `demo` extra is not installed and no encoder is given.
-        ValueError: an unknown method, or too few docstrings.
+        ValueError: an unknown method, one that was asked for and cannot be trained here, or too few docstrings.
     """
     started = time.monotonic() if started is None else started
     encoder = encoder or demo_encoder()
-    rows = trials(
+    rows, left_out = trials(
         methods,
+        TextEmbedding(str(encoder), train="all").build(),
         compare=compare,
         adapter_learning_rate=ADAPTER_LEARNING_RATE,
         full_learning_rate=FULL_LEARNING_RATE,
@@ -148,7 +146,7 @@ def run_retrieval(
         for trial in rows:
             with stages.stage(f"training: {trial.name}", 24.0):
                 outcomes.append(run.train(trial, stages))
-    return run.result(outcomes, time.monotonic() - started)
+    return run.result(outcomes, left_out, time.monotonic() - started)
 
 
 class _Run:
@@ -178,7 +176,7 @@ class _Run:
     def baselines(self) -> list[_Outcome]:
         """TF-IDF, the encoder as it is, and with a linear map on top."""
         start = time.monotonic()
-        words = self._outcome(WORDS, "baseline", _words(self.texts), start)
+        words = self._outcome(WORDS, "baseline", tf_idf(self.texts.train, self.texts.held_out), start)
 
         task = TextEmbedding(self.encoder, train="head", tokenizer=self.tokenizer)
         task.build()
@@ -190,7 +188,7 @@ class _Run:
         start = time.monotonic()
         train = self.encode(task, self.texts.train)
         self.encode_train_s = time.monotonic() - start
-        mapping = _fit_linear_map(*train, scale=task.scale)
+        mapping = fit_linear_map(*train, scale=task.scale)
         with torch.no_grad():
             mapped = [nn.functional.normalize(mapping(embeddings), dim=-1) for embeddings in held_out]
         start -= self.encode_held_out_s  # the held-out texts were encoded for this row as well
@@ -306,13 +304,14 @@ class _Run:
         )
         return _Outcome(row, scores, [int(best) for best in similarity.argmax(axis=1)])
 
-    def result(self, outcomes: list[_Outcome], seconds: float) -> DemoResult:
+    def result(self, outcomes: list[_Outcome], left_out: list[str], seconds: float) -> DemoResult:
         """Everything side by side; the frozen encoder is the reference."""
         named = {outcome.row.name: outcome for outcome in outcomes}
         trained = [outcome for outcome in outcomes if outcome.row.kind != "baseline"]
         baselines = [outcome for outcome in outcomes if outcome.row.kind == "baseline"]
         best = max(baselines, key=lambda outcome: outcome.row.interval.mean)
-        examples, counts = self._examples(named[FROZEN], trained[0])
+        shown = max(trained, key=lambda outcome: (outcome.row.kind == "adapter", outcome.row.interval.mean))
+        examples, counts = self._examples(named[FROZEN], shown)
         files = len({pair.file for pair in self.texts.train}), len(set(self.texts.groups))
         return DemoResult(
             task="retrieval",
@@ -329,8 +328,9 @@ class _Run:
             checks=[check for outcome in trained for check in outcome.checks],
             examples=examples,
             outcomes=counts,
+            shown=shown.row.name,
             adapters={outcome.row.name: str(outcome.folder) for outcome in trained if outcome.folder},
-            notes=self._notes(trained),
+            notes=[*self._notes(trained), *left_out],
             environment=environment(),
             seconds=seconds,
         )
@@ -376,26 +376,3 @@ def has_fast_bf16() -> bool:
 
 def _half_precision() -> AbstractContextManager[Any]:
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_fast_bf16())
-
-
-def _words(texts: _Texts) -> tuple[Floats, Floats]:
-    """TF-IDF vectors of the held-out queries and docstrings, with the weights of the training texts."""
-    vectorizer = TfidfVectorizer(sublinear_tf=True)
-    vectorizer.fit([text for pair in texts.train for text in (pair.query, pair.docstring)])
-    queries = vectorizer.transform([pair.query for pair in texts.held_out])
-    documents = vectorizer.transform([pair.docstring for pair in texts.held_out])
-    return queries.toarray(), documents.toarray()
-
-
-def _fit_linear_map(queries: Tensor, documents: Tensor, *, scale: float) -> nn.Linear:
-    """A map of the frozen embeddings that starts as the identity, trained on all pairs at once."""
-    size = queries.shape[1]
-    mapping = nn.Linear(size, size, bias=False)
-    nn.init.eye_(mapping.weight)
-    optimizer = torch.optim.AdamW(mapping.parameters(), lr=LINEAR_LEARNING_RATE)
-    for _ in range(LINEAR_STEPS):
-        optimizer.zero_grad()
-        mapped = [nn.functional.normalize(mapping(some), dim=-1) for some in (queries, documents)]
-        contrastive_loss(mapped[0], mapped[1], scale).backward()
-        optimizer.step()
-    return mapping

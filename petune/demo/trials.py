@@ -1,5 +1,6 @@
-"""What is trained: every installed method with the settings of its recipe, and full fine-tuning."""
+"""What is trained: every installed method that takes the base, as its recipe has it, and full fine-tuning."""
 
+import copy
 import importlib
 import pkgutil
 from collections.abc import Sequence
@@ -8,10 +9,13 @@ from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any, Literal
 
+import torch
 import yaml
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model
+from torch import nn
 
 import petune
+from petune.probe import probe_inputs
 from petune.registry import Method
 
 FULL = "full fine-tuning"
@@ -36,34 +40,54 @@ class Trial:
 
 def trials(
     methods: Sequence[str] | None,
+    base: nn.Module,
     *,
     compare: bool,
     adapter_learning_rate: float,
     full_learning_rate: float,
     callbacks: bool = True,
-) -> list[Trial]:
-    """The methods asked for, in the order asked for, then full fine-tuning.
+) -> tuple[list[Trial], list[str]]:
+    """The methods asked for, in the order asked for, then full fine-tuning; and a sentence for each that is left out.
 
     Args:
-        methods: short names; None for all that are installed.
+        methods: short names; None for all that are installed and can be trained on this base.
+        base: Hugging Face model that is adapted; it is not changed.
         compare: add full fine-tuning.
         adapter_learning_rate: for a method whose recipe names none.
         full_learning_rate: of full fine-tuning.
-        callbacks: whether training runs Lightning callbacks; without them, methods that need some are left out.
+        callbacks: whether training runs Lightning callbacks, which some methods need.
 
     Raises:
-        ValueError: a method is not installed, or needs callbacks and was asked for, or there is nothing to train.
+        ValueError: a method that was asked for is not installed or cannot be trained here, or none was.
     """
     installed = petune.methods()
     if methods is not None and not methods:
         raise ValueError(f"methods is empty; name some of {', '.join(installed)} or leave it out for all of them.")
     chosen = [_find(name, installed) for name in (installed if methods is None else methods)]
-    found = [_trial(method, adapter_learning_rate) for method in dict.fromkeys(chosen)]
-    scheduled = [trial.name for trial in found if trial.callbacks and not callbacks]
-    if scheduled and methods is not None:
-        raise ValueError(f"the method {scheduled[0]!r} needs its schedule, which runs with --task retrieval alone.")
-    found = [trial for trial in found if trial.name not in scheduled]
-    return [*found, Trial(FULL, "all", full_learning_rate)] if compare else found
+    found: list[Trial] = []
+    left_out: list[str] = []
+    for trial in [_trial(method, adapter_learning_rate) for method in dict.fromkeys(chosen)]:
+        try:
+            _check(trial, base, callbacks)
+        except ValueError as error:
+            if methods is not None:
+                raise
+            left_out.append(f"{trial.name} is left out: {error}")
+        else:
+            found.append(trial)
+    return [*found, Trial(FULL, "all", full_learning_rate)] if compare else found, left_out
+
+
+def _check(trial: Trial, base: nn.Module, callbacks: bool) -> None:
+    """Raises ValueError where a method cannot be trained; what it needs of its input it says when it is called."""
+    if trial.callbacks and not callbacks:
+        raise ValueError(f"the method {trial.name!r} needs its schedule, which runs with --task retrieval alone.")
+    inputs = probe_inputs(base)
+    assert inputs is not None
+    assert trial.adapter is not None
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = get_peft_model(copy.deepcopy(base), copy.deepcopy(trial.adapter))  # pyright: ignore[reportArgumentType]
+        model.eval()(**inputs)
 
 
 def _find(name: str, installed: dict[str, Method]) -> Method:

@@ -85,18 +85,19 @@ def run_vision(
         compare: fine-tune the whole model, and train one from scratch, as well.
         budget_s: seconds; what is trained is cut to fit, each row alike.
         seed: of the split, of the training and of the bootstrap.
-        methods: short names; None for all that are installed.
+        methods: short names; None for all that can be trained here.
         output: folder for the adapters.
         settings: sizes of the run.
         started: `time.monotonic()` from which the budget counts; None for now.
         quiet: show no progress.
 
     Raises:
-        ValueError: an unknown method.
+        ValueError: an unknown method, or one that was asked for and cannot be trained here.
     """
     started = time.monotonic() if started is None else started
-    rows = trials(
+    rows, left_out = trials(
         methods,
+        make_vit(seed),
         compare=compare,
         adapter_learning_rate=ADAPTER_LEARNING_RATE,
         full_learning_rate=FULL_LEARNING_RATE,
@@ -116,7 +117,7 @@ def run_vision(
         if compare:
             with stages.stage(f"training: {SCRATCH}", 5.0):
                 outcomes.append(run.scratch(stages))
-    return run.result(outcomes, time.monotonic() - started)
+    return run.result(outcomes, left_out, time.monotonic() - started)
 
 
 def make_vit(seed: int) -> ViTForImageClassification:
@@ -241,7 +242,7 @@ class _Run:
     def _interval(self, values: Floats) -> Interval:
         return bootstrap_mean(values, [f"{image:04d}" for image in range(len(values))], seed=self.seed)
 
-    def result(self, outcomes: list[_Outcome], seconds: float) -> DemoResult:
+    def result(self, outcomes: list[_Outcome], left_out: list[str], seconds: float) -> DemoResult:
         """Everything side by side; the pretrained model as it is is the reference."""
         reference, *others = outcomes
         baselines = [found for found in outcomes if found.row.kind == "baseline"]
@@ -264,7 +265,7 @@ class _Run:
             ],
             checks=[check for found in trained for check in found.checks],
             adapters={found.row.name: str(found.folder) for found in trained if found.folder},
-            notes=self._notes(outcomes),
+            notes=[*self._notes(outcomes), *left_out],
             environment=environment(),
             seconds=seconds,
         )

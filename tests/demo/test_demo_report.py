@@ -34,6 +34,7 @@ def result():
         checks=[Check("saved and loaded again", 0.0, 1e-6)],
         examples=[Example("join(a, b)", "right", "wrong answer", "right")],
         outcomes={"wrong → right": 1},
+        shown="lora",
         environment={"Python": "3.11.7"},
         seconds=42.0,
     )
@@ -73,6 +74,11 @@ def test_the_conclusion_claims_what_the_interval_allows(result, difference, sent
     assert sentence in " ".join(printed(changed).split())
 
 
+def test_each_trained_row_has_a_line_of_the_conclusion(result):
+    both = replace(result, comparisons=[Comparison("lora", "frozen", BETTER), Comparison("pat", "frozen", WORSE)])
+    assert [line.split()[0] for line in both.conclusion.splitlines()] == ["lora", "pat"]
+
+
 def test_a_failed_check_is_printed_as_failed(result):
     assert "saved and loaded again: largest difference 0.0e+00, ok" in printed(result)
     failed = replace(result, checks=[Check("merged", 0.5, 1e-4)])
@@ -82,6 +88,7 @@ def test_a_failed_check_is_printed_as_failed(result):
 def test_examples_show_both_hits_and_the_answer_that_was_missed(result):
     worse = replace(result, examples=[Example("join(a, b)", "right", "right", "other")])
     text = printed(worse)
+    assert "Top hits of 1 queries, frozen → lora: wrong → right: 1." in text
     assert "✓ right" in text
     assert "✗ other" in text
     assert "answer   right" in text

@@ -4,7 +4,9 @@ import sys
 
 import pytest
 from safetensors.torch import load_file
+from torch import nn
 
+import petune
 from petune.demo import retrieval, run_demo
 from petune.demo.retrieval import FROZEN, LINEAR, WORDS, RetrievalSettings, run_retrieval
 from petune.demo.trials import FULL, trials
@@ -59,6 +61,24 @@ def test_the_adapter_is_saved_and_passes_its_checks(compared):
     assert compared.row("lora").saved_bytes > 4 * compared.row("lora").trainable_parameters
 
 
+def test_without_a_choice_every_method_that_takes_the_encoder_is_trained_and_the_others_are_named(run):
+    result = run()
+    adapters = [row.name for row in result.rows if row.kind == "adapter"]
+    assert adapters == [name for name in petune.methods() if name != "hside"]
+    assert all(check.passed for check in result.checks)
+    assert result.shown == max(adapters, key=lambda name: result.row(name).scores["R@1"])
+    assert [note for note in result.notes if "left out" in note] == [
+        "hside is left out: HierarchicalSideConfig needs a plain ViT, which has one stack of blocks behind one patch "
+        "convolution and a class token, and BertModel is none; use LadderSideConfig."
+    ]
+
+
+def test_a_method_that_was_asked_for_and_does_not_take_the_encoder_is_an_error_at_once(run, monkeypatch):
+    monkeypatch.setattr(retrieval, "_Run", None)  # nothing may have begun
+    with pytest.raises(ValueError, match="HierarchicalSideConfig needs a plain ViT"):
+        run(methods=["lora", "hside"])
+
+
 def test_every_query_is_counted_and_five_are_shown(compared):
     assert sum(compared.outcomes.values()) == SETTINGS.num_candidates
     assert len(compared.examples) == 5
@@ -92,9 +112,9 @@ def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch, tmp_pa
 
 def test_an_unknown_method_is_refused_with_the_closest_name():
     with pytest.raises(ValueError, match=r"'lorra' is not installed; did you mean 'lora'\? use one of"):
-        trials(["lorra"], compare=False, adapter_learning_rate=1e-3, full_learning_rate=1e-5)
+        trials(["lorra"], nn.Identity(), compare=False, adapter_learning_rate=1e-3, full_learning_rate=1e-5)
     with pytest.raises(ValueError, match="methods is empty; name some of"):
-        trials([], compare=False, adapter_learning_rate=1e-3, full_learning_rate=1e-5)
+        trials([], nn.Identity(), compare=False, adapter_learning_rate=1e-3, full_learning_rate=1e-5)
 
 
 def test_bad_arguments_are_refused_before_any_work():

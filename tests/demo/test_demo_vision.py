@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+import petune
 from petune.demo import run_demo
 from petune.demo.trials import FULL
 from petune.demo.vision import PIXELS, PROBE, SCRATCH, ZERO_SHOT, VisionSettings, run_vision
@@ -38,6 +39,17 @@ def test_the_report_says_that_pixels_beat_the_networks(result):
     console = Console(file=io.StringIO(), width=80)
     result.print(console)
     assert max(len(line) for line in console.file.getvalue().splitlines()) <= 80
+
+
+def test_without_a_choice_every_method_that_takes_the_vit_is_trained_and_the_others_are_named(tmp_path):
+    few = VisionSettings(num_pretrain=64, num_adapt=32, pretrain_epochs=1, adapt_epochs=1)
+    result = run_vision(output=tmp_path, settings=few, quiet=True)
+    adapters = [row.name for row in result.rows if row.kind == "adapter"]
+    assert adapters == [name for name in petune.methods() if name not in ("hside", "pat")]
+    assert all(check.passed for check in result.checks)
+    left_out = [note for note in result.notes if "left out" in note]
+    assert left_out[0].startswith("pat is left out: the method 'pat' needs its schedule")
+    assert left_out[1].startswith("hside is left out: an image of 8 x 8 pixels is too small for four scales")
 
 
 def test_run_demo_prints_and_cuts_the_training_to_its_budget(tmp_path, monkeypatch):
