@@ -6,6 +6,7 @@ is imported first. Nothing heavy is imported before that, so the command line an
 
 import importlib
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -71,12 +72,25 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-def _register_methods(peft: ModuleType) -> None:
-    # A module of ours that is the first to import PEFT is not whole yet, and the methods need it: then they follow
-    # with the next name that is asked of this package, or the next method that is registered.
-    ours = [module for name, module in list(sys.modules.items()) if name.startswith("petune.")]
-    if not any(getattr(module.__spec__, "_initializing", False) for module in ours):
+def _register_methods(_: ModuleType | None = None) -> None:
+    # a module of ours that is the first to import PEFT is not whole yet, and the methods need it: they follow it
+    specs = [module.__spec__ for name, module in list(sys.modules.items()) if name.startswith("petune.")]
+    unfinished = next((spec for spec in specs if getattr(spec, "_initializing", False)), None)
+    if unfinished is None:
         importlib.import_module("petune.adapters")
+    else:
+        unfinished.__class__ = _FollowedSpec
+
+
+class _FollowedSpec(ModuleSpec):
+    """Of a module that is being imported: when the import system calls it whole, the methods are registered."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_initializing" and not value:
+            self.__class__ = ModuleSpec  # pyright: ignore[reportAttributeAccessIssue]
+            if self.name in sys.modules:  # else its import has failed
+                _register_methods()
 
 
 wrapt.register_post_import_hook(_register_methods, "peft")

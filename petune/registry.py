@@ -1,7 +1,5 @@
 """How PEFT is extended: the only file that touches PEFT's enum and its four tables."""
 
-import importlib
-import sys
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -37,14 +35,7 @@ _methods: dict[str, Method] = {}
 
 def methods() -> dict[str, Method]:
     """All methods registered so far, by short name."""
-    _complete()
     return dict(_methods)
-
-
-def _complete() -> None:
-    """Register our own methods where the import of PEFT could not (see petune/__init__.py)."""
-    if "petune.adapters" not in sys.modules:
-        importlib.import_module("petune.adapters")
 
 
 def peft_type(name: str) -> PeftType:
@@ -107,7 +98,6 @@ def register_method(name: str, *, config_cls: type[PeftConfig], model_cls: type[
     if known is not None and not _same_class(known.config_cls, config_cls):
         raise ValueError(f"register_method: the name {name!r} belongs to {_where(known.config_cls)}; choose another.")
     _methods[name] = Method(name, kind, config_cls, model_cls)
-    _complete()
     return kind
 
 

@@ -160,7 +160,18 @@ def test_public_names_are_few_and_all_there():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["config", "layer", "tuner", "registry", "low_rank", "quantized.tuner", "export"])
-def test_the_methods_are_complete_whichever_module_of_ours_imports_peft_first(first):
-    found = run(f"import petune.{first}; from petune.registry import methods; print(*sorted(methods()))")
-    assert {"biadapter", "bilora", "lora"} <= set(found.split())
+@pytest.mark.parametrize("first", ["config", "layer", "registry", "quantized.tuner", "export", "callbacks", "tasks"])
+def test_peft_knows_the_methods_whichever_module_of_ours_imports_it_first(first):
+    command = f"import petune.{first}; from peft import PeftType; print(*(kind.value for kind in PeftType))"
+    assert {"PETUNE_BIADAPTER", "PETUNE_BILORA", "PETUNE_PAT"} <= set(run(command).split())
+
+
+def test_a_module_of_ours_that_fails_to_import_keeps_its_own_error(tmp_path):
+    (tmp_path / "broken.py").write_text("import peft\nraise KeyError('its own')\n")
+    command = (
+        f"import importlib, petune; petune.__path__.append({str(tmp_path)!r})\n"
+        "try:\n    importlib.import_module('petune.broken')\n"
+        "except KeyError as error:\n    print(error.__context__)\n"
+        "print(len(petune.methods()) > 5)"
+    )
+    assert run(command).split() == ["None", "True"]
