@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,23 @@ def _build_base(
             f"{folder} does not say what its base is (it was built from a config); pass the model as `base`."
         )
     source = locate_model(str(name))
-    model = _base_class(config, recorded, folder).from_pretrained(source, **{**recorded.get("config", {}), **options})
+    # the adapter brings a head of its own, which may have another number of labels than the base was published with
+    options = {"ignore_mismatched_sizes": True, **recorded.get("config", {}), **options}
+    loader = _base_class(config, recorded, folder).from_pretrained
+    model, info = loader(source, output_loading_info=True, **options)
+    _check_shapes(folder, config, sorted(str(key[0]) for key in info["mismatched_keys"]))
     model.name_or_path = model.config._name_or_path = str(name)  # not the cache's folder
     return model
+
+
+def _check_shapes(folder: Path, config: PeftConfig, mismatched: Sequence[str]) -> None:
+    replaced = tuple(f".{name}." for name in getattr(config, "modules_to_save", None) or ())
+    for key in mismatched:
+        if not any(name in f".{key}" for name in replaced):
+            raise ValueError(
+                f"{folder}: {key} has another shape in the base's file than in its config, and the adapter does not "
+                "replace it; pass the model as `base`."
+            )
 
 
 def _base_class(config: PeftConfig, recorded: dict[str, Any], folder: Path) -> Any:

@@ -49,12 +49,14 @@ def load_run(directory: str | Path) -> Run:
     """Read petune.yaml of an adapter folder, or of a run folder that has it below `adapter/`.
 
     Raises:
-        FileNotFoundError: no such folder, or no petune.yaml in it.
+        FileNotFoundError: no such folder, or neither adapter nor petune.yaml in it.
         ValueError: petune.yaml cannot be read.
     """
     folder = adapter_folder(directory)
     content = read_run(folder)
     if content is None:
+        if not (folder / ADAPTER_CONFIG).exists():
+            raise FileNotFoundError(f"{folder} holds no adapter; pass the folder that holds {ADAPTER_CONFIG}.")
         raise FileNotFoundError(
             f"{folder} has no {RUN_FILE}: PETune did not write it; load it with petune.load_adapter(folder, base)."
         )

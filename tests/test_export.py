@@ -94,6 +94,31 @@ def test_the_folder_alone_is_enough_when_the_base_has_a_name(tmp_path, named_bas
     assert BertTokenizerFast.from_pretrained(tmp_path / "run" / "adapter")("hello")["input_ids"] == [2, 5, 3]
 
 
+@pytest.fixture
+def published(tmp_path):
+    """The folder of a base that was published with a head for five labels."""
+    base = bert()
+    base.config.num_labels = 5
+    base.classifier = torch.nn.Linear(32, 5)
+    base.save_pretrained(tmp_path / "published")
+    return tmp_path / "published"
+
+
+def test_a_base_with_a_head_of_another_size_takes_the_adapters(tmp_path, published):
+    base = AutoModelForSequenceClassification.from_pretrained(published, num_labels=3, ignore_mismatched_sizes=True)
+    model = trained(base=base)
+    save_adapter(model, tmp_path / "adapter")
+    assert torch.equal(logits(load_adapter(tmp_path / "adapter")), logits(model))
+
+
+def test_what_the_adapter_does_not_replace_must_have_the_bases_shape(tmp_path, published):
+    save_adapter(trained(base=bert()), tmp_path / "adapter")
+    with pytest.raises(
+        ValueError, match=r"intermediate\.dense\.bias has another shape in the base's file than in its"
+    ):
+        load_adapter(tmp_path / "adapter", published, intermediate_size=48)
+
+
 def test_training_goes_on_from_a_loaded_adapter(tmp_path):
     save_adapter(trained(), tmp_path / "adapter")
     loaded = load_adapter(tmp_path / "adapter", bert(), is_trainable=True)
@@ -391,6 +416,11 @@ def test_a_folder_that_petune_did_not_write_has_no_run(folder):
     with pytest.raises(FileNotFoundError, match=r"PETune did not write it; load it with petune\.load_adapter"):
         load_run(folder)
     assert isinstance(load_adapter(folder, bert()), PeftModel)  # which works
+
+
+def test_a_folder_without_an_adapter_is_told_apart(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter; pass the folder that holds adapter_config\.json"):
+        load_run(tmp_path)
 
 
 def test_a_method_that_nobody_registered_is_named(folder):

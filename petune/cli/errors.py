@@ -28,6 +28,8 @@ def closest(wanted: str, known: Iterable[str]) -> str:
 def one_line(error: BaseException) -> str:
     """The message of an exception on one line, with its type where the message alone says little."""
     text = " ".join(str(error).split())
+    if text.startswith("Call to compute_fn of link") and error.__cause__ is not None:
+        return one_line(error.__cause__)  # jsonargparse puts the whole data module in front of what it says
     if isinstance(error, UsageError):
         return text
     if isinstance(error, _SPEAKS_FOR_ITSELF) and text:

@@ -88,6 +88,11 @@ def test_a_missing_file_is_named(fit, said):
     assert "train_file=nowhere.csv does not exist" in said([*fit, "--data.train_file=nowhere.csv"], 2)
 
 
+def test_a_fit_without_rows_says_what_to_give(fit, said):
+    without = [argument for argument in fit if "train_file" not in argument]
+    assert said(without, 1) == "Labels are read from the training rows and none were given; give train_file or labels."
+
+
 def test_a_wrong_column_is_named_with_those_there_are(fit, said):
     assert "label_column=labl is no column of train.csv, which has text, label" in said(
         [*fit, "--data.label_column=labl"], 2
