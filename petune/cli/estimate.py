@@ -16,6 +16,7 @@ from petune.cli.describe import adapter_line
 from petune.cli.errors import UsageError
 from petune.cli.train import ParsedFit
 from petune.fsdp2 import check_shardable, units
+from petune.quantized.tuner import QuantizedConfig, quantized_weights
 from petune.tasks import AdapterTask
 from petune.tasks.quantization import saved_bytes
 
@@ -35,7 +36,7 @@ class Estimate:
     trainable: int
     weight_bytes: int
     adapter_bytes: int
-    """What is saved to disk: the tensors that train."""
+    """What is saved to disk: the tensors that train, packed where the method packs them."""
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int | None
@@ -114,7 +115,7 @@ def estimate_task(
         parameters=sum(parameter.numel() for parameter in parameters),
         trainable=sum(parameter.numel() for parameter in trainable),
         weight_bytes=_piece_bytes(parameters, pieces) - saved + sum(map(_bytes, task.buffers())),
-        adapter_bytes=sum(map(_bytes, trainable)),
+        adapter_bytes=sum(map(_bytes, trainable)) - _packing_saves(model),
         gradient_bytes=trained_bytes,
         optimizer_bytes=round(trained_bytes * _state_ratio(task)),
         activation_bytes=_saved_for_backward(model, batch_size, tokens),
@@ -153,7 +154,9 @@ def print_estimate(estimate: Estimate, adapter: str) -> None:
 
 
 def mebibytes(count: int) -> str:
-    """'1.25 MiB'; '12.50 GiB' from 10 on."""
+    """'36.5 KiB' below a tenth of a MiB; '1.25 MiB'; '12.50 GiB' from 10 on."""
+    if 0 < count < 2**20 / 10:
+        return f"{count / 2**10:,.1f} KiB"
     return f"{count / 2**20:,.2f} MiB" if count < 10 * 2**30 else f"{count / 2**30:,.2f} GiB"
 
 
@@ -212,6 +215,16 @@ def _saved_for_backward(model: nn.Module, batch_size: int, tokens: int) -> int |
     size = sum(storage.nbytes() for storage in kept.values())
     del output
     return size
+
+
+def _packing_saves(model: nn.Module) -> int:
+    """Bytes of the latents, less those of the codes that a checkpoint has in their place."""
+    saved = 0
+    for adapter, config in getattr(model, "peft_config", {}).items():
+        if isinstance(config, QuantizedConfig) and config.storage == "packed":
+            for entry, path in quantized_weights(model, adapter):
+                saved += _bytes(cast("Any", model.get_submodule(path)).weight) - entry.stored_bytes
+    return saved
 
 
 def _gathered_bytes(task: AdapterTask) -> int:

@@ -28,6 +28,11 @@ class Entry(NamedTuple):
         """Rows of the table of statistics."""
         return self.quantization.rows(self.shape)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Of codes and statistics, (μ, σ) in float32 for each row, in a checkpoint."""
+        return self.size + 8 * self.rows
+
 
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes of `count` codes: the last byte is filled up with zeros."""

@@ -90,7 +90,7 @@ def test_a_missing_file_is_named(fit, said):
 
 def test_a_fit_without_rows_says_what_to_give(fit, said):
     without = [argument for argument in fit if "train_file" not in argument]
-    assert said(without, 1) == "Labels are read from the training rows and none were given; give train_file or labels."
+    assert said(without, 2) == "Labels are read from the training rows and none were given; give train_file or labels."
 
 
 def test_a_wrong_column_is_named_with_those_there_are(fit, said):

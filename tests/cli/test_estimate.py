@@ -1,14 +1,17 @@
 """`petune estimate` against the model it stands for."""
 
+import copy
 import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig
 
+from petune import BiLoraConfig, FusedLoraConfig, save_adapter
 from petune.adapters.pat import PatConfig
 from petune.cli import main
-from petune.cli.estimate import estimate_task
+from petune.cli.estimate import estimate_task, mebibytes
 from petune.fsdp2 import check_shardable
 from petune.memory import saved_for_backward_bytes
 from petune.tasks import SemanticSegmentation, TextClassification
@@ -29,6 +32,22 @@ def test_the_estimate_is_what_the_built_model_has(tiny_bert, train):
     optimizer.step()
     state = sum(t.numel() * 4 for entry in optimizer.state.values() for t in entry.values() if t.numel() > 1)
     assert estimate.optimizer_bytes == pytest.approx(state, rel=0.01)
+
+
+@pytest.mark.parametrize("adapter", [FusedLoraConfig(r=4), BiLoraConfig(r=4), BiLoraConfig(r=4, storage="latent")])
+def test_the_bytes_on_disk_are_those_of_the_file(tiny_bert, tmp_path, adapter):
+    task = TextClassification(str(tiny_bert), adapter=copy.deepcopy(adapter))
+    estimate = estimate_task(TextClassification(str(tiny_bert), adapter=adapter), batch_size=4, tokens=16)
+    task.build()
+    save_adapter(task.model, tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    anchors = {name for name in tensors if name.endswith(".anchor")}  # of latents: beside what trains
+    assert estimate.adapter_bytes == sum(t.nbytes for name, t in tensors.items() if name not in anchors)
+
+
+@pytest.mark.parametrize(("size", "shown"), [(4198, "4.1 KiB"), (200_000, "0.19 MiB"), (2**34, "16.00 GiB")])
+def test_sizes_are_shown_in_a_unit_that_fits(size, shown):
+    assert mebibytes(size) == shown
 
 
 @pytest.mark.parametrize("train", ["adapter", "all"])
