@@ -95,7 +95,8 @@ def explain(message: str, parser: LightningArgumentParser | None = None) -> str:
     text = _innermost(message)
     if found := re.search(r"Option '([^']+)' is not accepted", text):
         name = found[1]
-        return f"there is no option {name!r} here.{closest(name, _option_names())}"
+        known = [action.dest for action in parser._actions] if parser else _option_names()
+        return f"there is no option {name!r} here.{closest(name, known)}"
     if found := re.search(r"Expected a dot import path string: (\S+)", text) or re.search(
         r"Import path \S+ given for class .* (\S+)", text
     ):

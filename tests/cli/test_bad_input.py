@@ -61,6 +61,7 @@ def table(path: Path, *rows: str) -> str:
         ("--model.adapter.rr=4", "there is no option 'rr' here. Did you mean 'r'?"),
         ("--model.learning_rat=4", "there is no option 'learning_rat' here. Did you mean 'learning_rate'?"),
         ("--data.train_fil=x", "there is no option 'train_fil' here. Did you mean 'train_file'?"),
+        ("--data.max_source_length=9", "there is no option 'max_source_length' here. Did you mean 'max_length'?"),
         ("--model.adapter.r=four", "r must be int, got 'four'."),
         ("--trainer.max_epochs=many", "trainer.max_epochs must be int, got 'many'."),
         ("--model.adapter.r=0", "FusedLoraConfig.r=0 must be a positive integer"),
