@@ -73,6 +73,10 @@ def _resolve(value: str) -> tuple[int, str]:
     if not value or path.suffix or len(path.parts) > 1:
         raise UsageError(f"no config file {value!r}; give a path, or the name of a recipe (`petune recipes`).")
     recipe: Recipe = find_recipe(value)
+    if recipe.kind == "runs":
+        raise UsageError(
+            f"{value!r} lists runs, for `petune fit-many --runs`; give -c the recipe of a task or a method."
+        )
     return (0 if recipe.kind == "task" else 1), str(recipe.path)
 
 

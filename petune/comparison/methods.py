@@ -104,6 +104,10 @@ def _find(text: str) -> Method:
         return Method(path.stem, ("-c", text))
     shipped = {recipe.name: recipe for recipe in recipes()}
     if text in shipped:
+        if shipped[text].kind == "runs":
+            raise UsageError(
+                f"{text!r} lists runs, for `petune fit-many --runs`, and is no method; name some of those."
+            )
         if shipped[text].kind != "method":
             raise UsageError(f"{text!r} is the recipe of a task, not of a method; give it with -c.")
         return Method(text, ("-c", text))

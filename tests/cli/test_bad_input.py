@@ -74,6 +74,7 @@ def table(path: Path, *rows: str) -> str:
         ("--model.learning_rate=-1", "TextClassification.learning_rate=-1"),
         ("--ckpt_path=nowhere.ckpt", "there is no nowhere.ckpt; leave it out to start anew."),
         ("--config=lorra", "no recipe and no file is called 'lorra'. Did you mean 'lora'?"),
+        ("--config=many-runs", "'many-runs' lists runs, for `petune fit-many --runs`; give -c the recipe of a task"),
         ("--config=nowhere.yaml", "no config file 'nowhere.yaml'; give a path, or the name of a recipe"),
     ],
 )

@@ -328,6 +328,7 @@ BAD = [
     (["--methods=lora,{folder}/lora.yaml"], "are both called 'lora'; rename a file."),
     (["--methods={folder}/head_only.yaml"], "has the name of the baseline"),
     (["--methods={folder}/none.yaml"], "no file '{folder}/none.yaml' for a method"),
+    (["--methods=many-runs"], "'many-runs' lists runs, for `petune fit-many --runs`, and is no method"),
     (["--methods=seq2seq"], "'seq2seq' is the recipe of a task, not of a method"),
     ([], "no methods are given to compare; add --methods"),
     (["--methods=lora", "--seeds=0,one"], "--seeds has 'one'; give whole numbers from 0 on"),
