@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -74,7 +74,7 @@ def describe_run(
     base, config = unwrap(model.get_base_model()), peft_config(model)
     in_transformers = getattr(transformers, type(base).__name__, None) is type(base)
     return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "base": {
             "name": _base_name(base, config),
             "class": type(base).__name__ if in_transformers else None,

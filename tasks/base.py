@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Mapping
 from functools import partial
 from os import PathLike, fspath
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from jsonargparse.typing import lazy_instance
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics.utilities.distributed import gather_all_tensors
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from typing_extensions import Self
 
 from petune.adapters.lora import FusedLoraConfig, fuse
 from petune.fsdp2 import shard

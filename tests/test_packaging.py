@@ -4,15 +4,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pytest brings it on 3.10
 
 ROOT = Path(__file__).parent.parent
 TOPS = ("adapters", "tasks", "callbacks")
