@@ -49,9 +49,9 @@ quantised: $(READY)  ## the methods on bases of bitsandbytes and torchao
 # it; `make test` compiles for another with the newest
 OLDEST_TRITON := 3.6.0
 
-aot-oldest: $(READY)  ## compile every configuration of the kernels with the oldest Triton that is supported, for sm_90
+aot-oldest: $(READY)  ## compile every form of the kernels with the oldest Triton that is supported, for sm_90
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
-	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) PETUNE_AOT=90 $(BIN)/python -m pytest -n 2 -k "every_config or forgotten" tests/kernels/test_aot.py
+	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) PETUNE_AOT=90 $(BIN)/python -m pytest -n 2 tests/kernels/test_aot.py
 
 bench: $(READY)  ## the CPU benchmarks, on an idle machine; writes benchmarks/results/*.json
 	$(BIN)/python benchmarks/lora_cpu.py

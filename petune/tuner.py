@@ -258,9 +258,8 @@ class PetuneTuner(BaseTuner):
         handles = bring_names(self, [name for name in rows for _ in range(beams)], kinds)
         encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
         if isinstance(encoder, nn.Module) and encoder is not self.model:
-            handles += bring_names(
-                encoder, rows, kinds
-            )  # beams are spread after the encoder has run; the later hook wins
+            # beams are spread after the encoder has run; the later hook wins
+            handles += bring_names(encoder, rows, kinds)
         try:
             with one_call():
                 yield

@@ -106,7 +106,7 @@ def _find(text: str) -> Method:
     if text in shipped:
         if shipped[text].kind == "runs":
             raise UsageError(
-                f"{text!r} lists runs, for `petune fit-many --runs`, and is no method; name some of those."
+                f"{text!r} lists runs, for `petune fit-many --runs`, and is no method; `petune methods` lists those."
             )
         if shipped[text].kind != "method":
             raise UsageError(f"{text!r} is the recipe of a task, not of a method; give it with -c.")
